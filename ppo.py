@@ -252,11 +252,8 @@ def make_envs(args):
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
     if discrete:
-        envs = wrappers.TransformAction(envs, lambda action: action + action_space.start)
-    else:
-        envs = wrappers.ClipAction(envs)
-    envs = wrappers.RecordEpisodeStatistics(envs, buffer_length=None)
-    return wrappers.NormalizeReward(envs, args.gamma) if args.normalize_rewards else envs
+        return wrappers.TransformAction(envs, lambda action: action + action_space.start)
+    return wrappers.ClipAction(envs)
 
 
 def reset(envs, args, iteration):
@@ -332,14 +329,14 @@ def load_args(run_dir):
 class Run:
     """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt after every iteration.
 
+    episode_returns: the raw return of every episode, which train or a wrapper appends to.
     modules: everything with a state_dict that a resumed run needs, by name.
     """
 
-    def __init__(self, args, envs, **modules):
-        self.args, self.envs, self.modules = args, envs, modules
+    def __init__(self, args, envs, episode_returns, **modules):
+        self.args, self.envs, self.episode_returns, self.modules = args, envs, episode_returns, modules
         self.step, self.iteration, self.seconds, self.progress_size = 0, 0, 0.0, 0
-        self.episode_returns = (envs.env if args.normalize_rewards else envs).return_queue
-        self.reward_rms = vars(envs.return_rms) if args.normalize_rewards else {}
+        self.reward_rms = vars(envs.return_rms) if isinstance(envs, wrappers.NormalizeReward) else {}
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-")))
         if args.resume:
@@ -428,14 +425,16 @@ def train(args):
     check_args(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
-    envs = make_envs(args)
+    recorder = envs = wrappers.RecordEpisodeStatistics(make_envs(args), buffer_length=None)
+    if args.normalize_rewards:
+        envs = wrappers.NormalizeReward(envs, args.gamma)
     policy = Policy(envs.single_observation_space, envs.single_action_space).to(args.device)
     value = Value(envs.single_observation_space).to(args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
     optimizers = dict(policy_optimizer=policy_optimizer, value_optimizer=value_optimizer)
 
-    with Run(args, envs, policy=policy, value=value, **optimizers) as run:
+    with Run(args, envs, recorder.return_queue, policy=policy, value=value, **optimizers) as run:
         next_obs, next_done = reset(envs, args, run.iteration)
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
