@@ -32,7 +32,8 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.wrappers import vector as wrappers
-from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions.kl import kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -155,7 +156,7 @@ def update_policy(policy, optimizer, obs, actions, advantages, args):
 
 
 def update_value(value, optimizer, obs, returns, args):
-    """Regress V(s_t) on the lambda-return A_t + V(s_t); returns what to log."""
+    """Regress V(s_t) on the returns; returns what to log."""
     with torch.no_grad():
         error = returns - value(obs)
         explained_variance = 1 - error.var(correction=0) / (returns.var(correction=0) + 1e-8)
@@ -309,7 +310,7 @@ def check_args(args):
         if name in ("gamma", "gae_lambda") and value > 1:
             refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
     batch_size = args.num_envs * getattr(args, "num_steps", 1)
-    if batch_size % getattr(args, "num_minibatches", 1):
+    if hasattr(args, "num_steps") and batch_size % getattr(args, "num_minibatches", 1):
         refuse(f"--num-minibatches {args.num_minibatches}: must divide a batch of {batch_size}")
     if args.total_timesteps < batch_size:
         refuse(f"--total-timesteps {args.total_timesteps}: one iteration takes {batch_size}")
@@ -418,7 +419,7 @@ TrainResult = namedtuple("TrainResult", "policy episode_returns run_dir")
 
 
 def train(args):
-    """Train; returns the policy, the raw returns of all episodes in the order of their ends, the run folder.
+    """Train; returns the policy, the raw returns of all episodes in order, and the run folder.
 
     Raises SystemExit at bad input, FloatingPointError at a reward, observation or loss that is not finite.
     """
@@ -449,7 +450,7 @@ def train(args):
             with torch.no_grad():
                 values = value(obs)
             advantages = compute_gae(rewards, values, terminations, dones, args.gamma, args.gae_lambda)
-            returns = advantages + values[:-1]
+            returns = advantages + values[:-1]  # the lambda-return
 
             # (T, N, ...) -> (B, ...), dropping the reset steps
             b_obs, b_actions, b_returns = obs[:-1][valid], actions[valid], returns[valid]

@@ -1,0 +1,133 @@
+"""Training steps per second of the scripts, and of a peer's counterpart with the same sizes.
+
+    python benchmarks/speed.py --scripts ppo --repeats 5
+
+Ours and theirs alternate, each in a process of its own with one torch thread. Only the training loop is
+timed, without imports and construction. With its own defaults a script is measured alone.
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "gymnasium", "stable-baselines3", "sb3-contrib")
+
+
+class Peer(NamedTuple):
+    name: str  # module and class
+    num_envs: int
+    arguments: dict  # of the class
+    flags: str  # of our script, for the same sizes
+
+
+SB3_SIZES = dict(n_steps=128, n_epochs=4, batch_size=128, gamma=0.99, policy_kwargs=dict(net_arch=[64, 64]))
+OUR_SIZES = "--num-envs 4 --num-steps 128 --update-epochs 4 --value-epochs 4 --num-minibatches 4 --gamma 0.99"
+PEERS = {"ppo": Peer("stable_baselines3.PPO", 4, SB3_SIZES, OUR_SIZES)}  # CleanRL's sizes
+
+
+@dataclass
+class Args:
+    scripts: tuple[str, ...] = ("ppo",)
+    """names of scripts, without .py"""
+    presets: tuple[Literal["peer", "defaults"], ...] = ("peer", "defaults")
+    """peer: the sizes that a script shares with its peer; defaults: the script's own, without a peer"""
+    env_id: str = "CartPole-v1"
+    """gymnasium environment"""
+    total_timesteps: int = 100_000
+    """environment steps of each run"""
+    repeats: int = 3
+    """runs of each side, at least 3; the table has their median, minimum and maximum"""
+    json: Path | None = None
+    """file to store the numbers in"""
+
+
+def measure_script(script, flags, args):
+    """One run of our script; returns its steps per second and its arguments."""
+    with tempfile.TemporaryDirectory() as runs_dir:
+        command = [sys.executable, ROOT / f"{script}.py", "--env-id", args.env_id, "--runs-dir", runs_dir]
+        command += ["--total-timesteps", str(args.total_timesteps), *flags.split()]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(run.stderr)
+        run_dir = next(Path(runs_dir).iterdir())
+        *_, last = csv.DictReader(open(run_dir / "progress.csv"))
+        return float(last["step"]) / float(last["seconds"]), json.loads((run_dir / "args.json").read_text())
+
+
+def train_peer(peer, env_id, total_timesteps):
+    """Steps per second of model.learn(), in a DummyVecEnv that records episode returns, as ours does."""
+    import torch
+    from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(1)
+    module, name = peer.name.rsplit(".", 1)
+    envs = make_vec_env(env_id, peer.num_envs)
+    model = getattr(importlib.import_module(module), name)("MlpPolicy", envs, device="cpu", **peer.arguments)
+    start = time.time()
+    model.learn(total_timesteps)
+    return model.num_timesteps / (time.time() - start)
+
+
+def measure_peer(peer, args):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(train_peer, peer, args.env_id, args.total_timesteps).result()
+
+
+def cpu_model():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def spread(speeds):
+    return f"{median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
+
+
+def main(args):
+    if args.repeats < 3:
+        sys.exit("speed.py: --repeats must be at least 3")
+    rows = []
+    print("| script | sizes | ours, steps/s | SB3, steps/s | ratio |\n|---|---|---|---|---|")
+    for script, preset in itertools.product(args.scripts, args.presets):
+        if preset == "peer" and script not in PEERS:
+            continue
+        peer = PEERS[script] if preset == "peer" else None
+        installed = peer and importlib.util.find_spec(peer.name.split(".")[0])
+        ours, theirs = [], []
+        for _ in range(args.repeats):
+            speed, used = measure_script(script, peer.flags if peer else "", args)
+            ours.append(speed)
+            if installed:
+                theirs.append(measure_peer(peer, args))
+        names = ("num_envs", "num_steps", "update_epochs", "num_minibatches")
+        sizes = ", ".join(f"{used[name]} {name.split('_')[1]}" for name in names if name in used)
+        their_speed = spread(theirs) if theirs else "`pip install -r requirements-extras.txt`" if peer else ""
+        ratio = f"{median(ours) / median(theirs):.2f}" if theirs else ""
+        print(f"| {script} | {sizes} | {spread(ours)} | {their_speed} | {ratio} |", flush=True)
+        rows.append({"script": script, "preset": preset, "arguments": used, "ours": ours, "theirs": theirs})
+    machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    machine |= {p: version(p) for p in PACKAGES if importlib.util.find_spec(p.replace("-", "_"))}
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()))
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows, "machine": machine}, indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,489 @@
+"""REINFORCE with a baseline: the Monte Carlo policy gradient, with less variance.
+
+    G_t = r_t + gamma G_{t+1}                                                the reward-to-go
+    g   = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) (G_t - b)         one step per N whole episodes
+
+Any b that does not depend on a_t leaves the expectation of g as it is, since E_a[ grad log pi(a|s) b ] = 0.
+
+An episode ends where the environment ends it: a time limit is part of this finite-horizon objective, and
+nothing bootstraps past it.
+
+Greensmith et al. 2004, "Variance Reduction Techniques for Gradient Estimates". Sutton and Barto 2018, 13.4.
+
+    python reinforce_baseline.py --env-id CartPole-v1
+
+Diff it with reinforce.py to see the baselines.
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14", "gymnasium>=1.1,<2", "numpy", "tyro>=0.9", "tensorboard", "tqdm"]
+# ///
+
+import json
+import signal
+import sys
+import time
+from collections import namedtuple
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.wrappers import vector as wrappers
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.nn.utils import parameters_to_vector
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Distribution.set_default_validate_args(False)  # too slow for every step; Run.log stops at what is not finite
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"
+    """gymnasium environment; Discrete or Box actions"""
+    seed: int = 1
+    """seed of the networks, the environments and the action sampling"""
+    total_timesteps: int = 300_000
+    """environment steps to train for; the last iteration is finished"""
+    num_envs: int = 16
+    """N, environments stepped in parallel, one whole episode each between updates"""
+    max_episode_steps: int = 10_000
+    """an episode that is longer stops the run"""
+    vectorization: Literal["auto", "sync", "async"] = "auto"
+    """auto: the environment's own vector version where it has one, else sync; async: one process each"""
+    gamma: float = 0.99
+    """discount factor"""
+    baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"
+    """b: 0, mean G_0 of all or of the other episodes, mean G_t, the best for each parameter, or V(s_t)"""
+    normalize_weights: bool = False
+    """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""
+    learning_rate: float = 3e-3
+    """policy learning rate"""
+    value_learning_rate: float = 1e-3
+    """value function learning rate"""
+    value_epochs: int = 4
+    """passes of the value function over each batch"""
+    num_minibatches: int = 32
+    """minibatches per pass of the value function"""
+    anneal_lr: bool = True
+    """let the learning rates fall linearly to 0 at total_timesteps"""
+    max_grad_norm: float = 0.5
+    """longer gradients are scaled down to this"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the networks are; environments always run on the CPU"""
+    torch_threads: int = 1
+    """more than 1 makes small networks slower"""
+    runs_dir: str = "runs"
+    """where the run folder is made"""
+    resume: str | None = None
+    """run folder to continue; its arguments hold where none are given"""
+
+
+# ---------------------------------------------------------------------------- the algorithm
+
+
+def compute_returns(rewards, gamma):
+    """G_t = r_t + gamma G_{t+1}, the reward-to-go; (T, N), one episode per column -> (T, N)"""
+    returns = torch.zeros_like(rewards)
+    G = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        returns[t] = G = rewards[t] + gamma * G
+    return returns
+
+
+def mean_baseline(returns):
+    """The mean G_0; (T, N) -> (). Each episode is in its own baseline: shrinks the expected g by 1 - 1/N."""
+    return returns[0].mean()
+
+
+def leave_one_out_baseline(returns):
+    """For every episode the mean G_0 of the others, which leaves g unbiased; (T, N) -> (N,)"""
+    return (returns[0].sum() - returns[0]) / (returns.shape[1] - 1)
+
+
+def time_baseline(returns, valid):
+    """The mean G_t over the episodes that still run at t; (T, N), (T, N) -> (T, 1)"""
+    return (returns * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+
+
+def compute_baseline(baseline, returns, valid, values):
+    """b of --baseline, all but the optimal one; (T, N) each -> what broadcasts to (T, N)"""
+    others = {"value": values, "time": time_baseline(returns, valid), "mean": mean_baseline(returns)}
+    return leave_one_out_baseline(returns) if baseline == "leave-one-out" else others.get(baseline, 0)
+
+
+def episode_scores(policy, obs, actions, valid):
+    """sum_t grad log pi(a_t|s_t) of every episode -> (N, P); one forward and backward pass per episode."""
+    params = list(policy.parameters())
+    logprobs = (policy(obs[v, i]).log_prob(actions[v, i]).sum() for i, v in enumerate(valid.T))
+    return torch.stack([parameters_to_vector(torch.autograd.grad(x, params)) for x in logprobs])
+
+
+def optimal_baseline(scores, returns):
+    """E[g^2 R] / E[g^2], the constant of least variance for every parameter; (N, P), (N,) -> (P,)"""
+    return (scores.pow(2) * returns[:, None]).mean(0) / (scores.pow(2).mean(0) + 1e-12)
+
+
+def normalize(x):
+    """Zero mean and unit standard deviation over the batch; a constant becomes 0."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def policy_loss(logprobs, weights, num_episodes):
+    """-1/N sum_i sum_t log pi(a_t|s_t) w_t: a negative log-likelihood, weighted; (B,), (B,), int -> ()
+
+    A pseudo-loss: its gradient is minus the policy gradient, its value means nothing.
+    """
+    return -(logprobs * weights.detach()).sum() / num_episodes
+
+
+def gradient_step(optimizer, loss, max_grad_norm):
+    """One step down the gradient of the loss, scaled down to max_grad_norm; raises FloatingPointError."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    if not norm.isfinite():
+        raise FloatingPointError(f"gradient of norm {norm:g} of a loss of {loss:g}")
+    optimizer.step()
+
+
+def update_policy(policy, optimizer, obs, actions, weights, args):
+    """One step of gradient ascent on 1/N sum_i sum_t log pi(a_t|s_t) w_t; returns what to log."""
+    dist = policy(obs)
+    loss = policy_loss(dist.log_prob(actions), weights, args.num_envs)
+    entropy = dist.entropy().mean()
+    gradient_step(optimizer, loss - args.ent_coef * entropy, args.max_grad_norm)
+    return {"policy_loss": loss.detach(), "entropy": entropy.detach()}
+
+
+def optimal_update(policy, optimizer, obs, actions, valid, returns, args):
+    """One step of ascent along 1/N sum_i g_i (R_i - b), b the optimal baseline, returns (N,) the R."""
+    scores = episode_scores(policy, obs, actions, valid)
+    gradient = (scores * (returns[:, None] - optimal_baseline(scores, returns))).mean(0)
+    loss = -parameters_to_vector(policy.parameters()) @ gradient
+    entropy = policy(obs[valid]).entropy().mean()
+    gradient_step(optimizer, loss - args.ent_coef * entropy, args.max_grad_norm)
+    return {"policy_loss": loss.detach(), "entropy": entropy.detach()}
+
+
+def update_value(value, optimizer, obs, returns, args):
+    """Regress V(s_t) on the returns; returns what to log."""
+    with torch.no_grad():
+        error = returns - value(obs)
+        explained_variance = 1 - error.var(correction=0) / (returns.var(correction=0) + 1e-8)
+    for _ in range(args.value_epochs):
+        for mb in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
+            loss = (value(obs[mb]) - returns[mb]).pow(2).mean()
+            gradient_step(optimizer, loss, args.max_grad_norm)
+    return {"value_loss": loss.detach(), "explained_variance": explained_variance}
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+class RunningNorm(nn.Module):
+    """(x - mean) / std over all observations so far, clipped to [-10, 10]; saved with the weights."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):  # (..., dim) -> (..., dim)
+        return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+    def update(self, x):
+        """Merge the mean and variance of a batch (B, dim) into the running ones (Chan et al. 1979)."""
+        self.count += len(x)
+        share, delta = len(x) / self.count, x.mean(0) - self.mean
+        self.mean += share * delta
+        self.var += share * (x.var(0, correction=0) - self.var + (1 - share) * delta**2)
+
+
+def mlp(in_dim, out_dim, out_gain):
+    """Normalized inputs, two tanh layers of 64 units, orthogonal weights, zero biases."""
+    layers = [nn.Linear(in_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, out_dim)]
+    for layer, gain in zip(layers[::2], (2**0.5, 2**0.5, out_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(RunningNorm(in_dim), *layers)
+
+
+class Policy(nn.Module):
+    """pi(a|s): categorical for Discrete actions, diagonal Gaussian for Box actions."""
+
+    def __init__(self, obs_space, action_space):
+        super().__init__()
+        action_dim = gym.spaces.flatdim(action_space)
+        self.net = mlp(gym.spaces.flatdim(obs_space), action_dim, out_gain=0.01)
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, obs):  # (..., O) -> distribution with batch shape (...)
+        if self.discrete:
+            return Categorical(logits=self.net(obs))
+        return Independent(Normal(self.net(obs), self.log_std.exp()), 1)
+
+
+class Value(nn.Module):
+    """V(s)."""
+
+    def __init__(self, obs_space):
+        super().__init__()
+        self.net = mlp(gym.spaces.flatdim(obs_space), 1, out_gain=1.0)
+
+    def forward(self, obs):  # (..., O) -> (...)
+        return self.net(obs).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def make_envs(args):
+    """N environments side by side, wrapped so that they give vectors and take every action of a Policy."""
+    mode = None if args.vectorization == "auto" else args.vectorization
+    if mode == "async":  # worker processes inherit this: Ctrl-C is for their parent alone
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode=mode)
+    except (gym.error.Error, ImportError) as error:
+        refuse(f"--env-id {args.env_id}: {error}")
+    finally:
+        if mode == "async":
+            signal.signal(signal.SIGINT, handler)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    discrete = isinstance(action_space, gym.spaces.Discrete)
+    if not discrete and not (isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"):
+        refuse(f"--env-id {args.env_id}: actions must be Discrete or float Box, not {action_space}")
+    if not obs_space.is_np_flattenable:
+        refuse(f"--env-id {args.env_id}: observations must flatten to a vector, not {obs_space}")
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        refuse(f"--env-id {args.env_id}: its vector environment must use next-step autoreset")
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        envs = wrappers.FlattenObservation(envs)
+    if discrete:
+        return wrappers.TransformAction(envs, lambda action: action + action_space.start)
+    return wrappers.ClipAction(envs)
+
+
+def reset(envs, args, iteration):
+    """Start an episode in every environment, seeded by (seed, iteration); returns obs (N, O), done (N,)."""
+    seed = int(np.random.SeedSequence([args.seed, iteration]).generate_state(1)[0])
+    obs = torch.tensor(envs.reset(seed=seed)[0], dtype=torch.float32, device=args.device)
+    return obs, torch.zeros(len(obs), dtype=torch.bool, device=args.device)
+
+
+@torch.no_grad()
+def rollout_episodes(envs, policy, obs, max_episode_steps):
+    """Run one whole episode in each of N environments, from obs (N, O); T is the length of the longest.
+
+    Episodes are never cut at a number of steps, which would favour the short ones.
+
+    Returns obs (T, N, O), actions (T, N) or (T, N, A), rewards (T, N), zero after the end of an episode, and
+    valid (T, N), true until then. Raises FloatingPointError at a reward or an observation that is not finite.
+    """
+    steps, running = [], np.ones(len(obs), bool)
+    while running.any():
+        if len(steps) == max_episode_steps:
+            refuse(f"--max-episode-steps {max_episode_steps}: an episode did not end before")
+        action = policy(obs).sample()
+        env_action = action.cpu().numpy().reshape(envs.action_space.shape)
+        next_obs, reward, terminated, truncated, _ = envs.step(env_action)
+        if not (np.isfinite(reward).all() and np.isfinite(next_obs).all()):
+            raise FloatingPointError(f"reward {reward} or observation {next_obs}")
+        reward, valid = (torch.as_tensor(x, device=obs.device) for x in (reward * running, running))
+        steps.append((obs, action, reward.float(), valid))
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+        running = running & ~(terminated | truncated)
+    return tuple(torch.stack(x) for x in zip(*steps))
+
+
+# ---------------------------------------------------------------------------- running
+
+SCRIPT = Path(__file__).stem
+
+
+def refuse(message):
+    """End for bad input: one line on standard error, exit code 2."""
+    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_args(args):
+    """Refuse, before anything is written, what no run can have."""
+    for name, value in vars(args).items():
+        may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
+            refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
+    batch_size = args.num_envs * getattr(args, "num_steps", 1)
+    if hasattr(args, "num_steps") and batch_size % getattr(args, "num_minibatches", 1):
+        refuse(f"--num-minibatches {args.num_minibatches}: must divide a batch of {batch_size}")
+    if args.total_timesteps < batch_size:
+        refuse(f"--total-timesteps {args.total_timesteps}: one iteration takes {batch_size}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: not available")
+
+
+def load_args(run_dir):
+    """The arguments of the run in a folder, to resume it."""
+    path = Path(run_dir, "args.json")
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if saved.pop("script", None) != SCRIPT or not Path(run_dir, "checkpoint.pt").exists():
+        refuse(f"--resume {run_dir}: not a run of {SCRIPT}.py")
+    return Args(**{**saved, "resume": str(run_dir)})
+
+
+class Run:
+    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt after every iteration.
+
+    episode_returns: the raw return of every episode, which train or a wrapper appends to.
+    modules: everything with a state_dict that a resumed run needs, by name.
+    """
+
+    def __init__(self, args, envs, episode_returns, **modules):
+        self.args, self.envs, self.episode_returns, self.modules = args, envs, episode_returns, modules
+        self.step, self.iteration, self.seconds, self.progress_size = 0, 0, 0.0, 0
+        self.reward_rms = vars(envs.return_rms) if isinstance(envs, wrappers.NormalizeReward) else {}
+        name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-")))
+        if args.resume:
+            self.load()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        saved_args = {"script": SCRIPT, **asdict(args), "resume": None}
+        Path(self.dir, "args.json").write_text(json.dumps(saved_args, indent=2))
+        self.progress = open(Path(self.dir, "progress.csv"), "a")
+        self.progress.truncate(self.progress_size)  # what came after the checkpoint is done again
+        self.writer = SummaryWriter(self.dir, purge_step=self.step)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", disable=None)
+        self.start = time.time() - self.seconds
+
+    def __enter__(self):
+        self.save()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for resource in (self.bar, self.writer, self.progress, self.envs):
+            resource.close()
+        print(f"{SCRIPT}.py: {self.step} steps in {self.seconds:.1f} s, saved in {self.dir}")
+        if kind is FloatingPointError:
+            error.args = (f"not finite after step {self.step}: {error}",)
+        return kind is KeyboardInterrupt  # Ctrl-C drops the unfinished iteration
+
+    def log(self, steps, metrics):
+        """End an iteration of so many steps. Raises FloatingPointError if a metric is not finite."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite(list(metrics.values())).all():
+            raise FloatingPointError(f"{metrics}")
+        self.step += steps
+        self.iteration += 1
+        self.seconds = time.time() - self.start
+        recent = list(self.episode_returns)[-100:]
+        episodic_return = float(np.mean(recent)) if recent else ""
+        row = {"step": self.step, "episodes": len(self.episode_returns), "episodic_return": episodic_return}
+        row |= {**metrics, "seconds": self.seconds, "steps_per_second": round(self.step / self.seconds)}
+        if self.iteration == 1:
+            print(*row, sep=",", file=self.progress)
+        print(*row.values(), sep=",", file=self.progress, flush=True)
+        for name, value in row.items():
+            if value != "":
+                self.writer.add_scalar(name, value, self.step)
+        self.bar.update(steps)
+        self.bar.set_postfix(episodic_return=episodic_return, refresh=False)
+        if self.bar.disable and self.iteration % 10 == 1:
+            print(f"step {self.step}  episodic_return {episodic_return}  seconds {self.seconds:.1f}")
+        self.save()
+
+    def save(self):
+        """Replace checkpoint.pt as a whole; loading it with weights_only=True runs no code."""
+        self.progress_size = self.progress.tell()
+        state = {name: getattr(self, name) for name in ("step", "iteration", "seconds", "progress_size")}
+        state |= {name: module.state_dict() for name, module in self.modules.items()}
+        state["reward_rms"] = {name: float(value) for name, value in self.reward_rms.items()}
+        state["episode_returns"] = torch.tensor(self.episode_returns, dtype=torch.float64)
+        state["rng"] = torch.get_rng_state()
+        with open(Path(self.dir, "checkpoint.tmp"), "wb") as file:
+            torch.save(state, file)
+        Path(file.name).replace(Path(self.dir, "checkpoint.pt"))
+
+    def load(self):
+        """Take up the state of checkpoint.pt."""
+        state = torch.load(Path(self.dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        for name in ("step", "iteration", "seconds", "progress_size"):
+            setattr(self, name, state[name])
+        if self.step >= self.args.total_timesteps:
+            refuse(f"--total-timesteps {self.args.total_timesteps}: {self.step} are already done")
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+        self.reward_rms.update(state["reward_rms"])
+        self.episode_returns.extend(state["episode_returns"].tolist())
+        torch.set_rng_state(state["rng"])
+
+
+# ---------------------------------------------------------------------------- training
+
+TrainResult = namedtuple("TrainResult", "policy episode_returns run_dir")
+
+
+def train(args):
+    """Train; returns the policy, the raw returns of all episodes in order, and the run folder.
+
+    Raises SystemExit at bad input, FloatingPointError at a reward, observation or loss that is not finite.
+    """
+    check_args(args)
+    if args.baseline == "leave-one-out" and args.num_envs == 1:
+        refuse("--baseline leave-one-out: --num-envs must be at least 2")
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads)
+    envs = make_envs(args)
+    policy = Policy(envs.single_observation_space, envs.single_action_space).to(args.device)
+    value = Value(envs.single_observation_space).to(args.device)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
+    value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
+    modules = dict(policy=policy, policy_optimizer=policy_optimizer)
+    modules |= dict(value=value, value_optimizer=value_optimizer)
+
+    with Run(args, envs, [], **modules) as run:
+        while run.step < args.total_timesteps:
+            remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+            policy_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * remaining
+
+            obs, _ = reset(envs, args, run.iteration)
+            obs, actions, rewards, valid = rollout_episodes(envs, policy, obs, args.max_episode_steps)
+            returns = compute_returns(rewards, args.gamma)
+
+            # (T, N, ...) -> (B, ...), dropping the steps after the end of an episode
+            b_obs, b_actions, b_returns = obs[valid], actions[valid], returns[valid]
+            b_weights = (returns - compute_baseline(args.baseline, returns, valid, value(obs).detach()))[
+                valid
+            ]
+            if args.normalize_weights:
+                b_weights = normalize(b_weights)
+            if args.baseline == "optimal":
+                metrics = optimal_update(policy, policy_optimizer, obs, actions, valid, returns[0], args)
+            else:
+                metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_weights, args)
+            if args.baseline == "value":
+                metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
+                value.net[0].update(b_obs)
+            policy.net[0].update(b_obs)
+            run.episode_returns += rewards.sum(0).tolist()
+            run.log(len(b_obs), metrics)
+    return TrainResult(policy, run.episode_returns, run.dir)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=load_args(args.resume)) if args.resume else args)
