@@ -78,7 +78,7 @@ class Args:
     """policy learning rate"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to 0 at total_timesteps"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = float("inf")
     """longer gradients are scaled down to this"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
@@ -97,11 +97,11 @@ class Args:
 
 def compute_returns(rewards, gamma):
     """G_t = r_t + gamma G_{t+1}, the reward-to-go; (T, N), one episode per column -> (T, N)"""
-    returns = torch.zeros_like(rewards)
-    G = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        returns[t] = G = rewards[t] + gamma * G
-    return returns
+    G, returns = torch.zeros_like(rewards[0]), []
+    for reward in rewards.flip(0):
+        G = reward + gamma * G
+        returns.append(G)
+    return torch.stack(returns).flip(0)
 
 
 def importance_weights(log_ratios, rewards, gamma, estimator):
@@ -258,9 +258,9 @@ def make_envs(args):
         refuse(f"--env-id {args.env_id}: its vector environment must use next-step autoreset")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
-    if discrete:
+    if discrete and action_space.start:
         return wrappers.TransformAction(envs, lambda action: action + action_space.start)
-    return wrappers.ClipAction(envs)
+    return envs if discrete else wrappers.ClipAction(envs)
 
 
 def reset(envs, args, iteration):

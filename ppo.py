@@ -104,12 +104,13 @@ def compute_gae(rewards, values, terminations, dones, gamma, gae_lambda):
 
     rewards, terminations, dones (T, N); values (T+1, N)  ->  advantages (T, N)
     """
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
-    return advantages
+    deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
+    discounts = gamma * gae_lambda * ~dones
+    advantage, advantages = torch.zeros_like(rewards[0]), []
+    for delta, discount in zip(deltas.flip(0), discounts.flip(0)):
+        advantage = delta + discount * advantage
+        advantages.append(advantage)
+    return torch.stack(advantages).flip(0)
 
 
 def normalize(x):
@@ -143,16 +144,17 @@ def update_policy(policy, optimizer, obs, actions, advantages, args):
         for mb in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
             dist = policy(obs[mb])
             loss = policy_loss(dist.log_prob(actions[mb]), old_logprobs[mb], advantages[mb], args.clip_coef)
-            gradient_step(optimizer, loss - args.ent_coef * dist.entropy().mean(), args.max_grad_norm)
-        with torch.no_grad():
-            dist = policy(obs)
-            kl = kl_divergence(old_dist, dist).mean()
-        if args.target_kl and kl > args.target_kl:
+            if args.ent_coef:
+                loss = loss - args.ent_coef * dist.entropy().mean()
+            gradient_step(optimizer, loss, args.max_grad_norm)
+        if args.target_kl and kl_divergence(old_dist, policy(obs)).mean() > args.target_kl:
             break
-    ratio = (dist.log_prob(actions) - old_logprobs).exp()
+    with torch.no_grad():
+        dist = policy(obs)
+        ratio = (dist.log_prob(actions) - old_logprobs).exp()
     clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
     metrics = {"policy_loss": loss.detach(), "entropy": dist.entropy().mean()}
-    return metrics | {"kl": kl, "clip_fraction": clip_fraction}
+    return metrics | {"kl": kl_divergence(old_dist, dist).mean(), "clip_fraction": clip_fraction}
 
 
 def update_value(value, optimizer, obs, returns, args):
@@ -252,9 +254,9 @@ def make_envs(args):
         refuse(f"--env-id {args.env_id}: its vector environment must use next-step autoreset")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
-    if discrete:
+    if discrete and action_space.start:
         return wrappers.TransformAction(envs, lambda action: action + action_space.start)
-    return wrappers.ClipAction(envs)
+    return envs if discrete else wrappers.ClipAction(envs)
 
 
 def reset(envs, args, iteration):

@@ -26,8 +26,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "gymnasium", "stable-baselines3", "sb3-contrib")
+SIZES = ("num_envs", "num_steps", "update_epochs", "num_minibatches")
 
 
 class Peer(NamedTuple):
@@ -61,8 +60,8 @@ class Args:
 def measure_script(script, flags, args):
     """One run of our script; returns its steps per second and its arguments."""
     with tempfile.TemporaryDirectory() as runs_dir:
-        command = [sys.executable, ROOT / f"{script}.py", "--env-id", args.env_id, "--runs-dir", runs_dir]
-        command += ["--total-timesteps", str(args.total_timesteps), *flags.split()]
+        command = [sys.executable, Path(__file__).parents[1] / f"{script}.py", "--env-id", args.env_id]
+        command += ["--runs-dir", runs_dir, "--total-timesteps", str(args.total_timesteps), *flags.split()]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             sys.exit(run.stderr)
@@ -77,9 +76,9 @@ def train_peer(peer, env_id, total_timesteps):
     from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(1)
-    module, name = peer.name.rsplit(".", 1)
-    envs = make_vec_env(env_id, peer.num_envs)
-    model = getattr(importlib.import_module(module), name)("MlpPolicy", envs, device="cpu", **peer.arguments)
+    module, name = peer.name.split(".")
+    algorithm = getattr(importlib.import_module(module), name)
+    model = algorithm("MlpPolicy", make_vec_env(env_id, peer.num_envs), device="cpu", **peer.arguments)
     start = time.time()
     model.learn(total_timesteps)
     return model.num_timesteps / (time.time() - start)
@@ -91,8 +90,8 @@ def measure_peer(peer, args):
 
 
 def cpu_model():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    info = open("/proc/cpuinfo") if sys.platform == "linux" else []
+    names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
@@ -106,24 +105,23 @@ def main(args):
     rows = []
     print("| script | sizes | ours, steps/s | SB3, steps/s | ratio |\n|---|---|---|---|---|")
     for script, preset in itertools.product(args.scripts, args.presets):
-        if preset == "peer" and script not in PEERS:
+        peer = PEERS.get(script) if preset == "peer" else None
+        if preset == "peer" and not peer:
             continue
-        peer = PEERS[script] if preset == "peer" else None
-        installed = peer and importlib.util.find_spec(peer.name.split(".")[0])
         ours, theirs = [], []
         for _ in range(args.repeats):
             speed, used = measure_script(script, peer.flags if peer else "", args)
             ours.append(speed)
-            if installed:
+            if peer and importlib.util.find_spec(peer.name.split(".")[0]):
                 theirs.append(measure_peer(peer, args))
-        names = ("num_envs", "num_steps", "update_epochs", "num_minibatches")
-        sizes = ", ".join(f"{used[name]} {name.split('_')[1]}" for name in names if name in used)
+        sizes = ", ".join(f"{used[name]} {name.split('_')[1]}" for name in SIZES if name in used)
         their_speed = spread(theirs) if theirs else "`pip install -r requirements-extras.txt`" if peer else ""
         ratio = f"{median(ours) / median(theirs):.2f}" if theirs else ""
         print(f"| {script} | {sizes} | {spread(ours)} | {their_speed} | {ratio} |", flush=True)
         rows.append({"script": script, "preset": preset, "arguments": used, "ours": ours, "theirs": theirs})
     machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
-    machine |= {p: version(p) for p in PACKAGES if importlib.util.find_spec(p.replace("-", "_"))}
+    packages = ("torch", "gymnasium", "stable-baselines3", "sb3-contrib")
+    machine |= {name: version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))}
     print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()))
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "machine": machine}, indent=2))

@@ -39,10 +39,8 @@ class CounterVector(gym.vector.VectorEnv):
 
     def __init__(self, num_envs, autoreset_mode=AutoresetMode.NEXT_STEP):
         self.num_envs, self.metadata = num_envs, {"autoreset_mode": autoreset_mode}
-        self.single_observation_space, self.single_action_space = (
-            Counter.observation_space,
-            Counter.action_space,
-        )
+        self.single_observation_space = Counter.observation_space
+        self.single_action_space = Counter.action_space
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.obs, self.rewards = np.zeros((num_envs, 4), np.float32), np.zeros(num_envs)
@@ -68,13 +66,13 @@ class CounterVector(gym.vector.VectorEnv):
 
 
 class Sampler(gym.Env):
-    """Random observations of any space; remembers them and the actions; the third step goes wrong on demand."""
+    """Random observations of any space; keeps them and the actions. Its third step may go wrong."""
 
-    def __init__(
-        self, observation_space=Box(-1, 1), action_space=Discrete(2), third_reward=0.0, third_obs=None
-    ):
-        self.observation_space, self.action_space = observation_space, action_space
+    observation_space, action_space = Box(-1, 1), Discrete(2)
+
+    def __init__(self, third_reward=0.0, third_obs=None, **spaces):
         self.third_reward, self.third_obs = third_reward, third_obs
+        vars(self).update(spaces)
 
     def reset(self, *, seed=None, options=None):
         self.observation_space.seed(seed)
@@ -89,25 +87,28 @@ class Sampler(gym.Env):
         return self.observations[-1], self.third_reward if third else 0.0, False, False, {}
 
 
-def register(env_id, entry_point=f"{__name__}:Sampler", **kwargs):
-    vector = kwargs.pop("vector_entry_point", None)
-    gym.register(env_id, entry_point, vector_entry_point=vector, disable_env_checker=True, kwargs=kwargs)
+def register(env_id, entry_point="Sampler", vector_entry_point=None, **kwargs):
+    native = vector_entry_point and f"{__name__}:{vector_entry_point}"
+    entry_point = f"{__name__}:{entry_point}"
+    gym.register(env_id, entry_point, vector_entry_point=native, disable_env_checker=True, kwargs=kwargs)
 
 
-register("Counter-v0", f"{__name__}:Counter", vector_entry_point=f"{__name__}:CounterVector")
-for mode in ("SAME_STEP", "DISABLED"):
-    native = dict(vector_entry_point=f"{__name__}:CounterVector", autoreset_mode=AutoresetMode[mode])
-    register(f"Counter{mode}-v0", f"{__name__}:Counter", **native)
+register("Counter-v0", "Counter", "CounterVector")
+register("SameStep-v0", "Counter", "CounterVector", autoreset_mode=AutoresetMode.SAME_STEP)
+register("NoAutoreset-v0", "Counter", "CounterVector", autoreset_mode=AutoresetMode.DISABLED)
 register("DictObs-v0", observation_space=Dict(b=Box(-1, 1, (2,)), a=Discrete(3)))
 register("TupleObs-v0", observation_space=Tuple([Box(-1, 1, (2, 2)), Discrete(3, start=1)]))
 register("DiscreteObs-v0", observation_space=Discrete(5, start=2))
 register("MatrixObs-v0", observation_space=Box(-1, 1, (3, 2)))
 register("ScalarObs-v0", observation_space=Box(-1, 1, ()))
 register("ByteObs-v0", observation_space=Box(0, 255, (4,), np.uint8))
-register("MatrixAction-v0", action_space=Box(-1, np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
-register("DoubleAction-v0", action_space=Box(-1, 1, (2,), np.float64))
-register("NaNReward-v0", third_reward=float("nan"))
-register("InfObs-v0", third_obs=np.array([np.inf], np.float32))
-register("MultiDiscreteAction-v0", action_space=MultiDiscrete([2, 3]))
-register("IntegerBoxAction-v0", action_space=Box(0, 3, (2,), np.int64))
 register("SequenceObs-v0", observation_space=Sequence(Discrete(3)))
+register("MatrixAction-v0", action_space=Box(-1, np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
+register("ScalarAction-v0", action_space=Box(-1, 1, ()))
+register("DoubleAction-v0", action_space=Box(-1, 1, (2,), np.float64))
+register("MultiDiscreteAction-v0", action_space=MultiDiscrete([2, 3]))
+register("MultiDiscreteMatrixAction-v0", action_space=MultiDiscrete([[2, 3], [4, 5]]))
+register("IntegerBoxAction-v0", action_space=Box(0, 3, (2,), np.int64))
+register("NaNReward-v0", third_reward=float("nan"))
+register("InfObs-v0", third_obs=np.array([np.inf]))
+register("HugeObs-v0", observation_space=Box(-np.inf, np.inf, (1,), np.float64), third_obs=np.array([1e300]))

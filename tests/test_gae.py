@@ -43,7 +43,9 @@ def test_equals_the_double_sum_cut_at_the_first_done(segment, gamma, gae_lambda)
             expected[t, n] += (gamma * gae_lambda) ** k * delta[t + k, n]
             if ends[t + k, n] != GOES_ON:
                 break
-    np.testing.assert_allclose(gae(rewards, values, ends, gamma, gae_lambda), expected, rtol=1e-12, atol=1e-11)
+    np.testing.assert_allclose(
+        gae(rewards, values, ends, gamma, gae_lambda), expected, rtol=1e-12, atol=1e-11
+    )
 
 
 @settings(deadline=None)

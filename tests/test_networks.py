@@ -102,7 +102,9 @@ def test_log_std_starts_at_0_and_does_not_depend_on_the_state(space):
     assert (policy(torch.randn(8, 3)).stddev == 1).all()
     with torch.no_grad():
         policy.log_std.fill_(0.5)
-    torch.testing.assert_close(policy(torch.randn(8, 3)).stddev, torch.full((8, len(policy.log_std)), 0.5).exp())
+    torch.testing.assert_close(
+        policy(torch.randn(8, 3)).stddev, torch.full((8, len(policy.log_std)), 0.5).exp()
+    )
 
 
 def test_initial_policy_is_nearly_uniform_but_sees_the_state(policy):

@@ -136,7 +136,9 @@ def test_every_row_is_visited_once_per_pass(monkeypatch, rows):
     calls = record(monkeypatch, "policy_loss")
     args = ppo.Args(update_epochs=3, num_minibatches=4)
     advantages = torch.arange(rows).float()
-    metrics = ppo.update_policy(policy, optimizer, torch.randn(rows, 3), torch.randn(rows, 2), advantages, args)
+    metrics = ppo.update_policy(
+        policy, optimizer, torch.randn(rows, 3), torch.randn(rows, 2), advantages, args
+    )
     assert all(np.isfinite(float(metric)) for metric in metrics.values())
     assert all(parameter.isfinite().all() for parameter in policy.parameters())
     minibatches = [advantages.tolist() for _, _, advantages, _ in calls]
@@ -173,6 +175,12 @@ def test_normalize_gives_zero_mean_and_unit_deviation():
     assert x.std(correction=0).item() == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 50])
-def test_normalize_makes_a_constant_0(rows):
-    assert (ppo.normalize(torch.full((rows,), 3.0)) == 0).all()
+BUG = pytest.mark.xfail(strict=True, reason="ppo.normalize: the rounding error of the mean is scaled up to 1")
+
+
+@pytest.mark.parametrize("constant", [3.0, pytest.param(0.1, marks=BUG), pytest.param(100.3, marks=BUG)])
+def test_normalize_makes_a_constant_0(constant):
+    for rows in (1, 2, 7, 50, 1000):
+        torch.testing.assert_close(
+            ppo.normalize(torch.full((rows,), constant)), torch.zeros(rows), atol=1e-3, rtol=0
+        )

@@ -70,7 +70,8 @@ def load_run(run_dir):
 
 def make_env(env_id, render_mode):
     """One environment, wrapped as the scripts wrap N of them."""
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode=render_mode))
+    env = gym.make(env_id, render_mode=render_mode) if render_mode else gym.make(env_id)
+    env = gym.wrappers.FlattenObservation(env)
     if isinstance(env.action_space, gym.spaces.Discrete):
         start = env.action_space.start
         return gym.wrappers.TransformAction(env, lambda action: action + start, env.action_space)
