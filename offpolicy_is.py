@@ -8,8 +8,8 @@
     no-future   w_t = (prod_{k<=t} rho_k) G_t                                biased: the old policy's future
     per-step    w_t = rho_t G_t                                              biased: its states, too
 
-A product of t ratios has a variance that grows exponentially with t. Dropping it leaves a bias of first order
-in the distance between the policies, as policy iteration does.
+A product of t ratios has a variance that grows exponentially with t; without it g is biased, to first order
+in the distance between the policies.
 
 An episode ends where the environment ends it: a time limit is part of this finite-horizon objective, and
 nothing bootstraps past it.
@@ -69,7 +69,7 @@ class Args:
     num_updates: int = 4
     """K, gradient steps per iteration"""
     num_batches: int = 1
-    """M, the latest batches that the steps are taken on, each with the policy that collected it"""
+    """M, the latest batches that each step is taken on, whatever policies collected them"""
     min_ess: float = 0.5
     """no further step on a batch once the effective sample size of its episodes is below this share of N"""
     normalize_weights: bool = False
@@ -165,13 +165,8 @@ def update_policy(policy, optimizer, batches, args):
             break
         gradient_step(optimizer, torch.stack(losses).mean(), args.max_grad_norm)
         updates += 1
-    return {
-        "policy_loss": loss.detach(),
-        "entropy": entropy.detach(),
-        "effective_sample_size": ess,  # of the latest batch, before its last step
-        "max_weight": log_ratios.sum(0).max().exp(),
-        "updates": updates,
-    }
+    metrics = {"policy_loss": loss.detach(), "entropy": entropy.detach(), "updates": updates}
+    return metrics | {"effective_sample_size": ess, "max_weight": log_ratios.sum(0).max().exp()}
 
 
 class Batches(deque):

@@ -386,8 +386,7 @@ def train(args):
 
             obs, _ = reset(envs, args, run.iteration)
             obs, actions, rewards, valid = rollout_episodes(envs, policy, obs, args.max_episode_steps)
-            estimate = total_returns if args.estimator == "total" else compute_returns
-            returns = estimate(rewards, args.gamma)
+            returns = (total_returns if args.estimator == "total" else compute_returns)(rewards, args.gamma)
 
             # (T, N, ...) -> (B, ...), dropping the steps after the end of an episode
             b_obs, b_actions, b_weights = obs[valid], actions[valid], returns[valid]

@@ -2,8 +2,7 @@
 
     G_t = r_t + gamma G_{t+1}                                                the reward-to-go
     g   = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) (G_t - b)         one step per N whole episodes
-
-Any b that does not depend on a_t leaves the expectation of g as it is, since E_a[ grad log pi(a|s) b ] = 0.
+    0   = E_a[ grad_theta log pi_theta(a|s) b ]                              so any b(s) leaves E[g] as it is
 
 An episode ends where the environment ends it: a time limit is part of this finite-horizon objective, and
 nothing bootstraps past it.
@@ -477,7 +476,7 @@ def train(args):
                 metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_weights, args)
             if args.baseline == "value":
                 metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
-                value.net[0].update(b_obs)
+            value.net[0].update(b_obs)
             policy.net[0].update(b_obs)
             run.episode_returns += rewards.sum(0).tolist()
             run.log(len(b_obs), metrics)
