@@ -304,7 +304,7 @@ def refuse(message):
 def check_args(args):
     """Refuse, before anything is written, what no run can have."""
     for name, value in vars(args).items():
-        may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef")
+        may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef", "value_prox_coef")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
         if name in ("gamma", "gae_lambda") and value > 1:

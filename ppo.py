@@ -34,6 +34,7 @@ import tyro
 from gymnasium.wrappers import vector as wrappers
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.distributions.kl import kl_divergence
+from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -72,6 +73,10 @@ class Args:
     """value function learning rate"""
     value_epochs: int = 4
     """passes of the value function over each rollout"""
+    value_target: Literal["gae", "monte-carlo", "td"] = "gae"
+    """what V is regressed on: lambda-returns, Monte Carlo returns of the rollout, or r + gamma V(s')"""
+    value_prox_coef: float = 0.0
+    """kappa, weight of ||phi - phi_i||^2, the way of V's parameters from those before the regression"""
     num_minibatches: int = 4
     """minibatches per pass"""
     anneal_lr: bool = True
@@ -158,13 +163,17 @@ def update_policy(policy, optimizer, obs, actions, advantages, args):
 
 
 def update_value(value, optimizer, obs, returns, args):
-    """Regress V(s_t) on the returns; returns what to log."""
+    """Regress V(s_t) on the returns, within reach of the parameters it had; returns what to log."""
     with torch.no_grad():
         error = returns - value(obs)
         explained_variance = 1 - error.var(correction=0) / (returns.var(correction=0) + 1e-8)
+        old_params = parameters_to_vector(value.parameters())
     for _ in range(args.value_epochs):
         for mb in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
             loss = (value(obs[mb]) - returns[mb]).pow(2).mean()
+            if args.value_prox_coef:
+                distance = (parameters_to_vector(value.parameters()) - old_params).pow(2).sum()
+                loss = loss + args.value_prox_coef * distance
             gradient_step(optimizer, loss, args.max_grad_norm)
     return {"value_loss": loss.detach(), "explained_variance": explained_variance}
 
@@ -306,7 +315,7 @@ def refuse(message):
 def check_args(args):
     """Refuse, before anything is written, what no run can have."""
     for name, value in vars(args).items():
-        may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef")
+        may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef", "value_prox_coef")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
         if name in ("gamma", "gae_lambda") and value > 1:
@@ -452,7 +461,10 @@ def train(args):
             with torch.no_grad():
                 values = value(obs)
             advantages = compute_gae(rewards, values, terminations, dones, args.gamma, args.gae_lambda)
-            returns = advantages + values[:-1]  # the lambda-return
+            value_lambda = {"gae": args.gae_lambda, "monte-carlo": 1.0, "td": 0.0}[args.value_target]
+            returns = (
+                compute_gae(rewards, values, terminations, dones, args.gamma, value_lambda) + values[:-1]
+            )
 
             # (T, N, ...) -> (B, ...), dropping the reset steps
             b_obs, b_actions, b_returns = obs[:-1][valid], actions[valid], returns[valid]
