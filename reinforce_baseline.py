@@ -133,7 +133,8 @@ def optimal_baseline(scores, returns):
 
 def normalize(x):
     """Zero mean and unit standard deviation over the batch; a constant becomes 0."""
-    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+    centered = x.double() - x.double().mean()  # float32 would scale up the rounding of the mean
+    return (centered / (centered.std(correction=0) + 1e-8)).to(x)
 
 
 def policy_loss(logprobs, weights, num_episodes):
@@ -205,7 +206,7 @@ class RunningNorm(nn.Module):
         self.count += len(x)
         share, delta = len(x) / self.count, x.mean(0) - self.mean
         self.mean += share * delta
-        self.var += share * (x.var(0, correction=0) - self.var + (1 - share) * delta**2)
+        self.var.lerp_(x.var(0, correction=0) + (1 - share) * delta**2, share)
 
 
 def mlp(in_dim, out_dim, out_gain):
@@ -255,7 +256,7 @@ def make_envs(args):
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode=mode)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, TypeError) as error:
         refuse(f"--env-id {args.env_id}: {error}")
     finally:
         if mode == "async":
@@ -298,11 +299,12 @@ def rollout_episodes(envs, policy, obs, max_episode_steps):
         action = policy(obs).sample()
         env_action = action.cpu().numpy().reshape(envs.action_space.shape)
         next_obs, reward, terminated, truncated, _ = envs.step(env_action)
+        next_obs, reward = next_obs.astype(np.float32), np.float32(reward * running)
         if not (np.isfinite(reward).all() and np.isfinite(next_obs).all()):
-            raise FloatingPointError(f"reward {reward} or observation {next_obs}")
-        reward, valid = (torch.as_tensor(x, device=obs.device) for x in (reward * running, running))
-        steps.append((obs, action, reward.float(), valid))
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+            raise FloatingPointError("observation" if np.isfinite(reward).all() else "reward")
+        reward, valid = (torch.as_tensor(x, device=obs.device) for x in (reward, running))
+        steps.append((obs, action, reward, valid))
+        obs = torch.as_tensor(next_obs, device=obs.device)
         running = running & ~(terminated | truncated)
     return tuple(torch.stack(x) for x in zip(*steps))
 
@@ -314,7 +316,7 @@ SCRIPT = Path(__file__).stem
 
 def refuse(message):
     """End for bad input: one line on standard error, exit code 2."""
-    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    print(f"{SCRIPT}.py: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -101,7 +101,7 @@ def compute_gae(rewards, values, terminations, dones, gamma, gae_lambda):
     rewards, terminations, dones (T, N); values (T+1, N)  ->  advantages (T, N)
     """
     deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
-    discounts = gamma * gae_lambda * ~dones
+    discounts = gamma * gae_lambda * (~dones).to(rewards)
     advantage, advantages = torch.zeros_like(rewards[0]), []
     for delta, discount in zip(deltas.flip(0), discounts.flip(0)):
         advantage = delta + discount * advantage
@@ -111,7 +111,8 @@ def compute_gae(rewards, values, terminations, dones, gamma, gae_lambda):
 
 def normalize(x):
     """Zero mean and unit standard deviation over the batch; a constant becomes 0."""
-    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+    centered = x.double() - x.double().mean()  # float32 would scale up the rounding of the mean
+    return (centered / (centered.std(correction=0) + 1e-8)).to(x)
 
 
 def policy_loss(logprobs, advantages):
@@ -180,7 +181,7 @@ class RunningNorm(nn.Module):
         self.count += len(x)
         share, delta = len(x) / self.count, x.mean(0) - self.mean
         self.mean += share * delta
-        self.var += share * (x.var(0, correction=0) - self.var + (1 - share) * delta**2)
+        self.var.lerp_(x.var(0, correction=0) + (1 - share) * delta**2, share)
 
 
 def mlp(in_dim, out_dim, out_gain):
@@ -230,7 +231,7 @@ def make_envs(args):
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode=mode)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, TypeError) as error:
         refuse(f"--env-id {args.env_id}: {error}")
     finally:
         if mode == "async":
@@ -273,9 +274,10 @@ def rollout(envs, policy, obs, done, num_steps):
         actions.append(policy(obs).sample())
         action = actions[-1].cpu().numpy().reshape(envs.action_space.shape)
         next_obs, rewards[t], terminations[t], truncations[t], _ = envs.step(action)
+        next_obs = next_obs.astype(np.float32)
         if not (np.isfinite(rewards[t]).all() and np.isfinite(next_obs).all()):
-            raise FloatingPointError(f"reward {rewards[t]} or observation {next_obs}")
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+            raise FloatingPointError("observation" if np.isfinite(rewards[t]).all() else "reward")
+        obs = torch.as_tensor(next_obs, device=obs.device)
         all_obs.append(obs)
     arrays = rewards, terminations, terminations | truncations
     rewards, terminations, dones = (torch.as_tensor(x, device=obs.device) for x in arrays)
@@ -290,7 +292,7 @@ SCRIPT = Path(__file__).stem
 
 def refuse(message):
     """End for bad input: one line on standard error, exit code 2."""
-    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    print(f"{SCRIPT}.py: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 

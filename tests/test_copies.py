@@ -36,13 +36,13 @@ SHARED = {
     "compute_gae": STEP,
     "rollout": STEP,
     "Value": ["reinforce_baseline.py", *STEP, "a3c_nstep.py"],
-    "update_value": ["reinforce_baseline.py", *STEP],
+    "update_value": STEP,
     "flat_grad": ["npg.py", "trpo.py"],
     "fisher_vector_product": ["npg.py", "trpo.py"],
     "conjugate_gradient": ["npg.py", "trpo.py"],
     "natural_step_size": ["npg.py", "trpo.py"],
 }
-DIFFERENT_ON_PURPOSE = {"Args", "policy_loss", "update_policy", "train"}
+DIFFERENT_ON_PURPOSE = {"Args", "policy_loss", "update_policy", "update_value", "train"}
 SECTIONS = ["the algorithm", "networks", "data", "running", "training"]
 BUDGETS = [
     ("reinforce.py", "reinforce_baseline.py", 110),

@@ -519,7 +519,6 @@ def test_a_progress_bar_on_a_terminal(tmp_path, name):
     process = start(name, tmp_path, stdin=child, stdout=child, stderr=child)
     os.close(child)
     wait_for_rows(process, tmp_path, 20)
-    os.write(terminal, b"\x03")  # a terminal of its own would make this Ctrl-C
     process.send_signal(signal.SIGINT)
     output = b""
     while select.select([terminal], [], [], 10)[0]:
