@@ -56,13 +56,13 @@ class Args:
     """seed of the networks, the environments and the action sampling"""
     total_timesteps: int = 300_000
     """environment steps to train for; the last iteration is finished"""
-    num_envs: int = 16
+    num_envs: int = 32
     """N, environments stepped in parallel, one whole episode each between updates"""
     max_episode_steps: int = 10_000
     """an episode that is longer stops the run"""
     vectorization: Literal["auto", "sync", "async"] = "auto"
     """auto: the environment's own vector version where it has one, else sync; async: one process each"""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """discount factor"""
     estimator: Literal["trajectory", "causal", "no-future", "per-step"] = "per-step"
     """which importance ratios weight the credit of an action"""
@@ -74,7 +74,7 @@ class Args:
     """no further step on a batch once the effective sample size of its episodes is below this share of N"""
     normalize_weights: bool = False
     """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """policy learning rate"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to 0 at total_timesteps"""

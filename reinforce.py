@@ -48,19 +48,19 @@ class Args:
     """seed of the networks, the environments and the action sampling"""
     total_timesteps: int = 300_000
     """environment steps to train for; the last iteration is finished"""
-    num_envs: int = 16
+    num_envs: int = 32
     """N, environments stepped in parallel, one whole episode each between updates"""
     max_episode_steps: int = 10_000
     """an episode that is longer stops the run"""
     vectorization: Literal["auto", "sync", "async"] = "auto"
     """auto: the environment's own vector version where it has one, else sync; async: one process each"""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """discount factor"""
     estimator: Literal["reward-to-go", "total"] = "reward-to-go"
     """what an action is credited with: the rewards after it, or all rewards of its episode"""
     normalize_weights: bool = False
     """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """policy learning rate"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to 0 at total_timesteps"""

@@ -50,21 +50,21 @@ class Args:
     """seed of the networks, the environments and the action sampling"""
     total_timesteps: int = 300_000
     """environment steps to train for; the last iteration is finished"""
-    num_envs: int = 16
+    num_envs: int = 32
     """N, environments stepped in parallel, one whole episode each between updates"""
     max_episode_steps: int = 10_000
     """an episode that is longer stops the run"""
     vectorization: Literal["auto", "sync", "async"] = "auto"
     """auto: the environment's own vector version where it has one, else sync; async: one process each"""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """discount factor"""
     baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"
     """b: 0, mean G_0 of all or of the other episodes, mean G_t, the best for each parameter, or V(s_t)"""
     normalize_weights: bool = False
     """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """policy learning rate"""
-    value_learning_rate: float = 1e-3
+    value_learning_rate: float = 3e-3
     """value function learning rate"""
     value_epochs: int = 4
     """passes of the value function over each batch"""
