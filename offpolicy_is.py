@@ -153,13 +153,13 @@ def update_policy(policy, optimizer, batches, args):
             dist = policy(obs)
             logprobs = dist.log_prob(actions)
             log_ratios = ((logprobs - old_logprobs) * valid).detach()
-            ess = effective_sample_size(log_ratios.sum(0))
-            if ess < args.min_ess * args.num_envs:
+            ess, num_episodes = effective_sample_size(log_ratios.sum(0)), valid.shape[1]
+            if ess < args.min_ess * num_episodes - 1e-3:
                 continue
             weights = importance_weights(log_ratios, rewards, args.gamma, args.estimator)[valid]
             if args.normalize_weights:
                 weights = normalize(weights)
-            loss = policy_loss(logprobs[valid], weights, args.num_envs)
+            loss = policy_loss(logprobs[valid], weights, num_episodes)
             entropy = dist.entropy()[valid].mean()
             losses.append(loss - args.ent_coef * entropy)
         if not losses:
@@ -309,7 +309,7 @@ def check_args(args):
         may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef", "value_prox_coef")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
-        if name in ("gamma", "gae_lambda") and value > 1:
+        if name in ("gamma", "gae_lambda", "min_ess") and value > 1:
             refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
     batch_size = args.num_envs * getattr(args, "num_steps", 1)
     if hasattr(args, "num_steps") and batch_size % getattr(args, "num_minibatches", 1):
@@ -403,7 +403,7 @@ class Run:
 
     def load(self):
         """Take up the state of checkpoint.pt."""
-        state = torch.load(Path(self.dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        state = torch.load(Path(self.dir, "checkpoint.pt"), map_location=self.args.device, weights_only=True)
         for name in ("step", "iteration", "seconds", "progress_size"):
             setattr(self, name, state[name])
         if self.step >= self.args.total_timesteps:
@@ -412,7 +412,7 @@ class Run:
             module.load_state_dict(state[name])
         self.reward_rms.update(state["reward_rms"])
         self.episode_returns.extend(state["episode_returns"].tolist())
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"].cpu())
 
 
 # ---------------------------------------------------------------------------- training

@@ -257,7 +257,7 @@ def check_args(args):
         may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef", "value_prox_coef")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
-        if name in ("gamma", "gae_lambda") and value > 1:
+        if name in ("gamma", "gae_lambda", "min_ess") and value > 1:
             refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
     batch_size = args.num_envs * getattr(args, "num_steps", 1)
     if hasattr(args, "num_steps") and batch_size % getattr(args, "num_minibatches", 1):
@@ -351,7 +351,7 @@ class Run:
 
     def load(self):
         """Take up the state of checkpoint.pt."""
-        state = torch.load(Path(self.dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        state = torch.load(Path(self.dir, "checkpoint.pt"), map_location=self.args.device, weights_only=True)
         for name in ("step", "iteration", "seconds", "progress_size"):
             setattr(self, name, state[name])
         if self.step >= self.args.total_timesteps:
@@ -360,7 +360,7 @@ class Run:
             module.load_state_dict(state[name])
         self.reward_rms.update(state["reward_rms"])
         self.episode_returns.extend(state["episode_returns"].tolist())
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"].cpu())
 
 
 # ---------------------------------------------------------------------------- training

@@ -59,7 +59,7 @@ class Args:
     gamma: float = 0.995
     """discount factor"""
     baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"
-    """b: 0, mean G_0 of all or of the other episodes, mean G_t, the best for each parameter, or V(s_t)"""
+    """b: 0, mean G_0 of all or of the other episodes, mean G_t, one for each parameter (of G_0), or V(s_t)"""
     normalize_weights: bool = False
     """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""
     learning_rate: float = 1e-2
@@ -326,7 +326,7 @@ def check_args(args):
         may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef", "value_prox_coef")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
-        if name in ("gamma", "gae_lambda") and value > 1:
+        if name in ("gamma", "gae_lambda", "min_ess") and value > 1:
             refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
     batch_size = args.num_envs * getattr(args, "num_steps", 1)
     if hasattr(args, "num_steps") and batch_size % getattr(args, "num_minibatches", 1):
@@ -420,7 +420,7 @@ class Run:
 
     def load(self):
         """Take up the state of checkpoint.pt."""
-        state = torch.load(Path(self.dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        state = torch.load(Path(self.dir, "checkpoint.pt"), map_location=self.args.device, weights_only=True)
         for name in ("step", "iteration", "seconds", "progress_size"):
             setattr(self, name, state[name])
         if self.step >= self.args.total_timesteps:
@@ -429,7 +429,7 @@ class Run:
             module.load_state_dict(state[name])
         self.reward_rms.update(state["reward_rms"])
         self.episode_returns.extend(state["episode_returns"].tolist())
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"].cpu())
 
 
 # ---------------------------------------------------------------------------- training
@@ -443,8 +443,8 @@ def train(args):
     Raises SystemExit at bad input, FloatingPointError at a reward, observation or loss that is not finite.
     """
     check_args(args)
-    if args.baseline == "leave-one-out" and args.num_envs == 1:
-        refuse("--baseline leave-one-out: --num-envs must be at least 2")
+    if args.baseline not in ("none", "value") and args.num_envs == 1:
+        refuse(f"--baseline {args.baseline}: --num-envs must be at least 2")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
     envs = make_envs(args)

@@ -60,8 +60,6 @@ BAD = [
     ("gamma", 1.01, "at most 1"),
     ("gamma", math.inf, "gamma"),
     ("gae_lambda", 1.01, "at most 1"),
-    ("learning_rate", math.inf, "learning-rate"),
-    ("value_learning_rate", math.inf, "value-learning-rate"),
     ("num_minibatches", 3, "divide a batch of 32"),
     ("num_minibatches", 64, "divide a batch of 32"),
     ("total_timesteps", 1, "one iteration"),
