@@ -20,6 +20,7 @@ Diff it with reinforce_baseline.py to see the baselines, with offpolicy_is.py to
 import json
 import signal
 import sys
+import threading
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
@@ -183,14 +184,15 @@ class Policy(nn.Module):
 def make_envs(args):
     """N environments side by side, wrapped so that they give vectors and take every action of a Policy."""
     mode = None if args.vectorization == "auto" else args.vectorization
-    if mode == "async":  # worker processes inherit this: Ctrl-C is for their parent alone
+    shield = mode == "async" and threading.current_thread() is threading.main_thread()
+    if shield:  # worker processes inherit this: Ctrl-C is for their parent alone
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode=mode)
     except (gym.error.Error, ImportError, TypeError) as error:
         refuse(f"--env-id {args.env_id}: {error}")
     finally:
-        if mode == "async":
+        if shield:
             signal.signal(signal.SIGINT, handler)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete)
@@ -211,6 +213,8 @@ def reset(envs, args, iteration):
     """Start an episode in every environment, seeded by (seed, iteration); returns obs (N, O), done (N,)."""
     seed = int(np.random.SeedSequence([args.seed, iteration]).generate_state(1)[0])
     obs = torch.tensor(envs.reset(seed=seed)[0], dtype=torch.float32, device=args.device)
+    if not obs.isfinite().all():
+        raise FloatingPointError("observation")
     return obs, torch.zeros(len(obs), dtype=torch.bool, device=args.device)
 
 
@@ -259,6 +263,8 @@ def check_args(args):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
         if name in ("gamma", "gae_lambda", "min_ess") and value > 1:
             refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
+        if type(value) is int and value >= 2**63:
+            refuse(f"--{name.replace('_', '-')} {value}: too large")
     batch_size = args.num_envs * getattr(args, "num_steps", 1)
     if hasattr(args, "num_steps") and batch_size % getattr(args, "num_minibatches", 1):
         refuse(f"--num-minibatches {args.num_minibatches}: must divide a batch of {batch_size}")
@@ -266,13 +272,21 @@ def check_args(args):
         refuse(f"--total-timesteps {args.total_timesteps}: one iteration takes {batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: not available")
+    if args.resume and load_args(args.resume).env_id != args.env_id:
+        refuse(f"--env-id {args.env_id}: --resume {args.resume} was trained on another")
 
 
 def load_args(run_dir):
     """The arguments of the run in a folder, to resume it."""
-    path = Path(run_dir, "args.json")
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    if saved.pop("script", None) != SCRIPT or not Path(run_dir, "checkpoint.pt").exists():
+    try:
+        saved = json.loads(Path(run_dir, "args.json").read_text())
+    except (OSError, ValueError):
+        saved = {}
+    if (
+        not isinstance(saved, dict)
+        or saved.pop("script", None) != SCRIPT
+        or not Path(run_dir, "checkpoint.pt").exists()
+    ):
         refuse(f"--resume {run_dir}: not a run of {SCRIPT}.py")
     return Args(**{**saved, "resume": str(run_dir)})
 
@@ -297,7 +311,8 @@ class Run:
         Path(self.dir, "args.json").write_text(json.dumps(saved_args, indent=2))
         self.progress = open(Path(self.dir, "progress.csv"), "a")
         self.progress.truncate(self.progress_size)  # what came after the checkpoint is done again
-        self.writer = SummaryWriter(self.dir, purge_step=self.step)
+        self.progress.seek(self.progress_size)
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", disable=None)
         self.start = time.time() - self.seconds
 
@@ -306,8 +321,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        for resource in (self.bar, self.writer, self.progress, self.envs):
+        for resource in (self.bar, self.writer, self.progress):
             resource.close()
+        self.envs.close(**({"terminate": True} if self.args.vectorization == "async" else {}))
         print(f"{SCRIPT}.py: {self.step} steps in {self.seconds:.1f} s, saved in {self.dir}")
         if kind is FloatingPointError:
             error.args = (f"not finite after step {self.step}: {error}",)
@@ -318,6 +334,11 @@ class Run:
         metrics = {name: float(value) for name, value in metrics.items()}
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"{metrics}")
+        for name, module in self.modules.items():
+            if isinstance(module, nn.Module) and not all(
+                x.isfinite().all() for x in module.state_dict().values()
+            ):
+                raise FloatingPointError(f"weights or observation statistics of {name}")
         self.step += steps
         self.iteration += 1
         self.seconds = time.time() - self.start
@@ -334,7 +355,8 @@ class Run:
         self.bar.update(steps)
         self.bar.set_postfix(episodic_return=episodic_return, refresh=False)
         if self.bar.disable and self.iteration % 10 == 1:
-            print(f"step {self.step}  episodic_return {episodic_return}  seconds {self.seconds:.1f}")
+            line = f"step {self.step}  episodic_return {episodic_return}  seconds {self.seconds:.1f}"
+            print(line, flush=True)
         self.save()
 
     def save(self):

@@ -30,7 +30,7 @@ class Constant(gym.Env):
 class Marking(gym.Env):
     """Random observations, episodes of 1 to 20 steps; a file per process has a byte for each step.
 
-    One process goes wrong at its 200th step: it raises, or observes nan.
+    One process goes wrong at its 300th step: it raises, or observes nan.
     """
 
     observation_space, action_space = Box(-9, 9, (2,)), Discrete(2)
@@ -54,7 +54,7 @@ class Marking(gym.Env):
         self.steps += 1
         self.left -= 1
         obs = self.observation()
-        if self.goes_wrong and self.steps == 200 and self.is_first():
+        if self.goes_wrong and self.steps == 300 and self.is_first():
             if self.goes_wrong == "raises":
                 raise ValueError("no such ladder")
             obs[0] = np.nan

@@ -34,7 +34,7 @@ SHARED = {
     "rollout_episodes": EPISODE,
     "update_policy": ["reinforce.py", "reinforce_baseline.py"],
     "compute_gae": STEP,
-    "rollout": STEP,
+    "rollout": [*STEP, "a3c_nstep.py"],
     "Value": ["reinforce_baseline.py", *STEP, "a3c_nstep.py"],
     "update_value": STEP,
     "flat_grad": ["npg.py", "trpo.py"],

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-SCRIPTS = ["ppo"]
+SCRIPTS = ["reinforce", "reinforce_baseline", "offpolicy_is", "vpg_gae", "ppo"]
 
 
 class Spaces(gym.Env):

@@ -27,7 +27,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPTS = ["ppo"]
+SCRIPTS = ["vpg_gae", "ppo"]  # the episode family: test_episode_rollout.py
 PROCESSES = ["ppo"]  # in processes of their own; `# ---- running` is the same text in every script
 TIMES = {"seconds", "steps_per_second"}
 
@@ -96,6 +96,14 @@ for env_id, env in {"space/ThreeSteps-v0": ThreeSteps, "OneStep-v0": OneStep, "B
 def script(request):
     ThreeSteps.clear()
     return importlib.import_module(request.param)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C works, also where the tests run in the background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def tiny(script, runs_dir, **changes):
@@ -209,6 +217,7 @@ def test_steps_are_those_of_the_environment_without_the_resets(script, tmp_path)
 
 def test_tensorboard_holds_the_numbers_of_progress_csv(script, tmp_path):
     run_dir = interrupted_run(script, tmp_path)
+    time.sleep(1)  # event files are ordered by their names, which have the second
     resume(script, run_dir)
     events, rows = EventAccumulator(str(run_dir)).Reload(), progress(run_dir)
     assert set(events.Tags()["scalars"]) == set(rows[0])
@@ -258,7 +267,10 @@ def test_ctrl_c_keeps_the_finished_iterations(script, tmp_path, monkeypatch):
         return policy_loss(*args)
 
     monkeypatch.setattr(script, "policy_loss", loss_and_ctrl_c)
-    result = script.train(tiny(script, tmp_path, total_timesteps=1000))
+    try:
+        result = script.train(tiny(script, tmp_path, total_timesteps=1000))
+    except KeyboardInterrupt:
+        pytest.fail("KeyboardInterrupt")
     assert checkpoint(result.run_dir)["iteration"] in (3, 4)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_whole(result.run_dir)
