@@ -482,10 +482,12 @@ def train(args):
         steps = torch.tensor([run.step] + [0] * (args.num_workers - 1))  # a slot each: exact without locks
         pipes, ends = zip(*[mp.Pipe() for _ in range(args.num_workers)])
         work_args = args, run.iteration, shared.share_memory(), steps.share_memory_(), ends
-        shield = threading.current_thread() is threading.main_thread()  # from Ctrl-C, as in make_envs
-        handler = shield and signal.signal(signal.SIGINT, signal.SIG_IGN)
+        shield = threading.current_thread() is threading.main_thread()
+        if shield:  # from Ctrl-C, as in make_envs
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         workers = mp.spawn(work, work_args, args.num_workers, join=False, daemon=True)
-        shield and signal.signal(signal.SIGINT, handler)
+        if shield:
+            signal.signal(signal.SIGINT, handler)
         for end in ends:
             end.close()  # a pipe shall end with its worker
         try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import a3c_environments
@@ -326,7 +327,14 @@ def test_two_workers_share_everything_count_every_step_and_resume(tmp_path, mark
 
 def test_one_worker_with_a_seed_repeats_to_the_last_bit(tmp_path):
     sizes = {"num_workers": 1, "total_timesteps": 600, "log_interval": 200}
-    runs = [a3c_nstep.train(tiny(tmp_path, "CartPole-v1", seed=seed, **sizes)).run_dir for seed in (1, 1, 2)]
+    first, second, other = (tiny(tmp_path, "CartPole-v1", seed=seed, **sizes) for seed in (1, 1, 2))
+    with ThreadPoolExecutor() as thread:
+        results = (
+            a3c_nstep.train(first),
+            thread.submit(a3c_nstep.train, second).result(),
+            a3c_nstep.train(other),
+        )
+    runs = [result.run_dir for result in results]
     rows, states = [progress(run, TIMES) for run in runs], [checkpoint(run) for run in runs]
     assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 3
     for state in states:

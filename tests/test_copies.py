@@ -16,7 +16,7 @@ SCRIPTS = [name for name in ALL if Path(ROOT, name).exists()]
 
 # the source of each, decorators and docstring included, is the same in these files
 SHARED = {
-    "normalize": [*EPISODE, *STEP],
+    "normalize": ALL,
     "gradient_step": ALL,
     "RunningNorm": ALL,
     "mlp": ALL,

@@ -135,8 +135,9 @@ def contents(folder):
 def test_a_bad_argument_is_refused_in_one_line_before_anything_is_written(
     tmp_path, name, field, value, words
 ):
-    if not hasattr(importlib.import_module(name).Args, field):
-        pytest.skip(f"{name} has no {field}")
+    fields = vars(importlib.import_module(name).Args)
+    if field not in fields or words.startswith("divide") and "num_steps" not in fields:
+        pytest.skip(f"{name} has no such {field}")
     line = refusal(name, runs_dir=str(tmp_path / "runs"), **{field: value})
     assert words in line and f"--{field.replace('_', '-')}" in line
     assert list(tmp_path.iterdir()) == []
