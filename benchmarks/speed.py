@@ -37,7 +37,10 @@ class Peer(NamedTuple):
 
 
 SB3_SIZES = dict(n_steps=128, n_epochs=4, batch_size=128, gamma=0.99, policy_kwargs=dict(net_arch=[64, 64]))
-OUR_SIZES = "--num-envs 4 --num-steps 128 --update-epochs 4 --value-epochs 4 --num-minibatches 4 --gamma 0.99"
+OUR_SIZES = (
+    "--num-envs 4 --num-steps 128 --update-epochs 4 --value-epochs 4 --num-minibatches 4 --gamma 0.99"
+    " --no-normalize-rewards"  # as the peer, which scales nothing
+)
 PEERS = {"ppo": Peer("stable_baselines3.PPO", 4, SB3_SIZES, OUR_SIZES)}  # CleanRL's sizes
 
 

@@ -392,8 +392,9 @@ def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
     assert_finite(state)
 
 
+@pytest.mark.parametrize("spoil", [lambda loss: loss * math.nan, lambda loss: loss + math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
-    script, tmp_path, monkeypatch
+    script, tmp_path, monkeypatch, spoil
 ):
     policy_loss, saved = script.policy_loss, []
 
@@ -402,10 +403,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_st
         if checkpoint(run_dir)["iteration"] < 2:
             return policy_loss(*args)
         saved.append(checkpoint(run_dir))
-        return policy_loss(*args) * math.nan
+        return spoil(policy_loss(*args))
 
     monkeypatch.setattr(script, "policy_loss", loss_after_two_iterations)
-    with pytest.raises(FloatingPointError, match="nan") as error:
+    with pytest.raises(FloatingPointError, match="nan|inf") as error:
         script.train(tiny(script, tmp_path))
     assert f"step {saved[0]['step']}" in str(error.value) and "loss" in str(error.value)
     assert_same(checkpoint(only_run(tmp_path)), saved[0])
