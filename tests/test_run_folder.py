@@ -276,6 +276,28 @@ def test_ctrl_c_keeps_the_finished_iterations(script, tmp_path, monkeypatch):
     assert_whole(result.run_dir)
 
 
+@pytest.mark.parametrize("where", ["add_scalar", "save"])
+def test_ctrl_c_while_an_iteration_is_written_keeps_row_and_checkpoint_together(
+    script, tmp_path, monkeypatch, where
+):
+    owner = script.SummaryWriter if where == "add_scalar" else torch
+    original, calls = getattr(owner, where), []
+
+    def write_and_ctrl_c(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        original(*args)
+
+    monkeypatch.setattr(owner, where, write_and_ctrl_c)
+    try:
+        result = script.train(tiny(script, tmp_path, total_timesteps=1000))
+    except KeyboardInterrupt:
+        pytest.fail("KeyboardInterrupt")
+    assert checkpoint(result.run_dir)["iteration"] < 5
+    assert_whole(result.run_dir)
+
+
 def test_a_resumed_run_goes_on_to_its_budget(script, tmp_path):
     run_dir = interrupted_run(script, tmp_path)
     before = progress(run_dir)
