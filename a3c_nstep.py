@@ -372,6 +372,7 @@ class Run:
     def __init__(self, args, envs, episode_returns, **modules):
         self.args, self.envs, self.episode_returns, self.modules = args, envs, episode_returns, modules
         self.step, self.iteration, self.seconds, self.progress_size = 0, 0, 0.0, 0
+        self.interrupted, self.handler = False, None
         self.reward_rms = vars(envs.return_rms) if isinstance(envs, wrappers.NormalizeReward) else {}
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-")))
@@ -388,10 +389,19 @@ class Run:
         self.start = time.time() - self.seconds
 
     def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.handler = signal.signal(signal.SIGINT, self.interrupt)
         self.save()
         return self
 
+    def interrupt(self, *_):
+        """The first Ctrl-C ends the run after this iteration, the second at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)
+
     def __exit__(self, kind, error, traceback):
+        if self.handler:
+            signal.signal(signal.SIGINT, self.handler)
         for resource in (self.bar, self.writer, self.progress):
             resource.close()
         self.envs.close(**({"terminate": True} if self.args.vectorization == "async" else {}))
@@ -491,7 +501,7 @@ def train(args):
         for end in ends:
             end.close()  # a pipe shall end with its worker
         try:
-            while run.step < args.total_timesteps:
+            while run.step < args.total_timesteps and not run.interrupted:
                 order = min(run.step + args.log_interval, args.total_timesteps), run.reward_rms
                 obs, returns, reward_rms, metrics = zip(*ask(pipes, workers, order))
                 # statistics change here, where every worker waits: none reads them half updated

@@ -301,6 +301,7 @@ class Run:
     def __init__(self, args, envs, episode_returns, **modules):
         self.args, self.envs, self.episode_returns, self.modules = args, envs, episode_returns, modules
         self.step, self.iteration, self.seconds, self.progress_size = 0, 0, 0.0, 0
+        self.interrupted, self.handler = False, None
         self.reward_rms = vars(envs.return_rms) if isinstance(envs, wrappers.NormalizeReward) else {}
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-")))
@@ -317,10 +318,19 @@ class Run:
         self.start = time.time() - self.seconds
 
     def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.handler = signal.signal(signal.SIGINT, self.interrupt)
         self.save()
         return self
 
+    def interrupt(self, *_):
+        """The first Ctrl-C ends the run after this iteration, the second at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)
+
     def __exit__(self, kind, error, traceback):
+        if self.handler:
+            signal.signal(signal.SIGINT, self.handler)
         for resource in (self.bar, self.writer, self.progress):
             resource.close()
         self.envs.close(**({"terminate": True} if self.args.vectorization == "async" else {}))
@@ -404,7 +414,7 @@ def train(args):
     modules = dict(policy=policy, policy_optimizer=policy_optimizer)
 
     with Run(args, envs, [], **modules) as run:
-        while run.step < args.total_timesteps:
+        while run.step < args.total_timesteps and not run.interrupted:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
             policy_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
