@@ -1,11 +1,13 @@
-"""Proximal policy optimization (PPO): the clipped surrogate objective, with GAE.
+"""Proximal policy optimization (PPO): the clipped surrogate or a KL penalty, with GAE.
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                           V(s_{t+1}) = 0 if s_{t+1} is terminal
     A_t     = delta_t + gamma lambda A_{t+1}                            stops at the end of an episode
     rho_t   = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
     L       = E_t[ min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) ]  K epochs of minibatches per rollout
+           or E_t[ rho_t A_t - beta KL(pi_old(.|s_t) || pi_theta(.|s_t)) ]
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv:1707.06347.
+Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", arXiv:1506.02438.
 
     python ppo.py --env-id CartPole-v1
 
@@ -16,6 +18,7 @@ Diff it with vpg_gae.py to see the ratio, the clip and the epochs.
 # dependencies = ["torch>=2.6,<2.14", "gymnasium>=1.1,<2", "numpy", "tyro>=0.9", "tensorboard", "tqdm"]
 # ///
 
+import copy
 import json
 import signal
 import sys
@@ -35,7 +38,6 @@ import tyro
 from gymnasium.wrappers import vector as wrappers
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.distributions.kl import kl_divergence
-from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -60,14 +62,20 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of GAE: 0 is the one-step TD error, 1 is the Monte Carlo return minus V"""
-    objective: Literal["clip"] = "clip"
+    objective: Literal["clip", "kl-penalty"] = "clip"
     """what keeps pi near pi_old"""
     clip_coef: float = 0.2
     """eps, the probability ratio is clipped to [1 - eps, 1 + eps]"""
     update_epochs: int = 4
     """K, passes of the policy over each rollout"""
     target_kl: float | None = None
-    """no further pass once KL(pi_old || pi) is above this"""
+    """KL(pi_old || pi) above which no further pass follows; what a KL penalty aims at, 0.01 if not given"""
+    kl_coef: float = 1.0
+    """beta, weight of the KL penalty, in the first update"""
+    kl_rule: Literal["fixed", "adaptive", "dual"] = "adaptive"
+    """what beta does: stays, doubles and halves, or climbs the dual of max E[rho A] with KL <= target_kl"""
+    kl_learning_rate: float = 10.0
+    """step size of the dual rule"""
     learning_rate: float = 1e-3
     """policy learning rate"""
     value_learning_rate: float = 1e-3
@@ -132,6 +140,23 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_coef):
     return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
 
+def kl_penalty_loss(logprobs, old_logprobs, advantages, kl, kl_coef):
+    """-E_t[ rho_t A_t ] + beta KL(pi_old || pi)  (PPO, equation 8); (B,), (B,), (B,), (), float -> ()"""
+    return kl_coef * kl - ((logprobs - old_logprobs).exp() * advantages).mean()
+
+
+def update_kl_coef(kl_coef, kl, target_kl, rule, learning_rate):
+    """The next beta, after an update that made this KL; all floats.
+
+    adaptive: half or twice beta where the KL is far from its target (PPO, section 4)
+    dual: max(0, beta + learning_rate (KL - target)), gradient ascent on the Lagrangian's multiplier
+    """
+    if rule == "adaptive":
+        factor = 0.5 if kl < target_kl / 1.5 else 2.0 if kl > target_kl * 1.5 else 1.0
+        return min(max(factor * kl_coef, 1e-9), 1e9)  # a policy that cannot move would drive it to 0
+    return max(0.0, kl_coef + learning_rate * (kl - target_kl)) if rule == "dual" else kl_coef
+
+
 def gradient_step(optimizer, loss, max_grad_norm):
     """One step down the gradient of the loss, scaled down to max_grad_norm; raises FloatingPointError."""
     optimizer.zero_grad()
@@ -143,25 +168,33 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update_policy(policy, optimizer, obs, actions, advantages, args):
-    """K epochs of minibatch ascent on the clipped surrogate; returns what to log."""
+    """K epochs of minibatch ascent on the objective; returns what to log."""
+    clip, old_policy = args.objective == "clip", copy.deepcopy(policy).requires_grad_(False)
     with torch.no_grad():
         old_dist = policy(obs)
         old_logprobs = old_dist.log_prob(actions)
+    beta = optimizer.param_groups[0]["kl_coef"]  # checkpoints of the optimizer keep it
     for _ in range(args.update_epochs):
         for mb in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
             dist = policy(obs[mb])
-            loss = policy_loss(dist.log_prob(actions[mb]), old_logprobs[mb], advantages[mb], args.clip_coef)
+            batch = dist.log_prob(actions[mb]), old_logprobs[mb], advantages[mb]
+            if clip:
+                loss = policy_loss(*batch, args.clip_coef)
+            else:
+                loss = kl_penalty_loss(*batch, kl_divergence(old_policy(obs[mb]), dist).mean(), beta)
             if args.ent_coef:
                 loss = loss - args.ent_coef * dist.entropy().mean()
             gradient_step(optimizer, loss, args.max_grad_norm)
-        if args.target_kl and kl_divergence(old_dist, policy(obs)).mean() > args.target_kl:
+        if clip and args.target_kl and kl_divergence(old_dist, policy(obs)).mean() > args.target_kl:
             break
     with torch.no_grad():
         dist = policy(obs)
-        ratio = (dist.log_prob(actions) - old_logprobs).exp()
+        ratio, kl = (dist.log_prob(actions) - old_logprobs).exp(), kl_divergence(old_dist, dist).mean()
+    rule = args.target_kl or 0.01, args.kl_rule, args.kl_learning_rate
+    optimizer.param_groups[0]["kl_coef"] = update_kl_coef(beta, kl.item(), *rule)
     clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
     metrics = {"policy_loss": loss.detach(), "entropy": dist.entropy().mean()}
-    return metrics | {"kl": kl_divergence(old_dist, dist).mean(), "clip_fraction": clip_fraction}
+    return metrics | {"kl": kl, "clip_fraction": clip_fraction} | ({} if clip else {"kl_coef": beta})
 
 
 def update_value(value, optimizer, obs, returns, args):
@@ -169,12 +202,12 @@ def update_value(value, optimizer, obs, returns, args):
     with torch.no_grad():
         error = returns - value(obs)
         explained_variance = 1 - error.var(correction=0) / (returns.var(correction=0) + 1e-8)
-        old_params = parameters_to_vector(value.parameters())
+        old_params = nn.utils.parameters_to_vector(value.parameters())
     for _ in range(args.value_epochs):
         for mb in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
             loss = (value(obs[mb]) - returns[mb]).pow(2).mean()
             if args.value_prox_coef:
-                distance = (parameters_to_vector(value.parameters()) - old_params).pow(2).sum()
+                distance = (nn.utils.parameters_to_vector(value.parameters()) - old_params).pow(2).sum()
                 loss = loss + args.value_prox_coef * distance
             gradient_step(optimizer, loss, args.max_grad_norm)
     return {"value_loss": loss.detach(), "explained_variance": explained_variance}
@@ -280,7 +313,6 @@ def reset(envs, args, iteration):
     return obs, torch.zeros(len(obs), dtype=torch.bool, device=args.device)
 
 
-@torch.no_grad()
 def rollout(envs, policy, obs, done, num_steps):
     """Step N environments T times with actions sampled from pi; done (N,): obs (N, O) ended an episode.
 
@@ -293,7 +325,8 @@ def rollout(envs, policy, obs, done, num_steps):
     all_obs, actions, rewards = [obs], [], np.zeros((num_steps, len(obs)), np.float32)
     terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
     for t in range(num_steps):
-        actions.append(policy(obs).sample())
+        with torch.inference_mode():  # cheaper than no_grad
+            actions.append(policy(obs).sample())
         action = actions[-1].cpu().numpy().reshape(envs.action_space.shape)
         next_obs, rewards[t], terminations[t], truncations[t], _ = envs.step(action)
         next_obs = next_obs.astype(np.float32)
@@ -310,6 +343,7 @@ def rollout(envs, policy, obs, done, num_steps):
 # ---------------------------------------------------------------------------- running
 
 SCRIPT = Path(__file__).stem
+SAVE_EVERY = 1.0  # seconds; a checkpoint takes a few milliseconds, as much as a tenth of an iteration
 
 
 def refuse(message):
@@ -318,13 +352,17 @@ def refuse(message):
     sys.exit(2)
 
 
+MAY_BE_ZERO = "seed gamma gae_lambda ent_coef value_prox_coef kl_coef damping cg_tol".split()
+AT_MOST_ONE = "gamma gae_lambda min_ess fisher_subsample backtrack_coef".split()
+
+
 def check_args(args):
     """Refuse, before anything is written, what no run can have."""
     for name, value in vars(args).items():
-        may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef", "value_prox_coef")
+        may_be_zero = name in MAY_BE_ZERO
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
-        if name in ("gamma", "gae_lambda", "min_ess") and value > 1:
+        if name in AT_MOST_ONE and value > 1:
             refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
         if type(value) is int and value >= 2**63:
             refuse(f"--{name.replace('_', '-')} {value}: too large")
@@ -355,7 +393,7 @@ def load_args(run_dir):
 
 
 class Run:
-    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt after every iteration.
+    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt, renewed every second.
 
     episode_returns: the raw return of every episode, which train or a wrapper appends to.
     modules: everything with a state_dict that a resumed run needs, by name.
@@ -364,7 +402,7 @@ class Run:
     def __init__(self, args, envs, episode_returns, **modules):
         self.args, self.envs, self.episode_returns, self.modules = args, envs, episode_returns, modules
         self.step, self.iteration, self.seconds, self.progress_size = 0, 0, 0.0, 0
-        self.interrupted, self.handler = False, None
+        self.saved_at, self.interrupted, self.handler = 0.0, False, None
         self.reward_rms = vars(envs.return_rms) if isinstance(envs, wrappers.NormalizeReward) else {}
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-")))
@@ -394,6 +432,8 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if self.handler:
             signal.signal(signal.SIGINT, self.handler)
+        if kind is None:
+            self.save()
         for resource in (self.bar, self.writer, self.progress):
             resource.close()
         self.envs.close(**({"terminate": True} if self.args.vectorization == "async" else {}))
@@ -430,7 +470,8 @@ class Run:
         if self.bar.disable and self.iteration % 10 == 1:
             line = f"step {self.step}  episodic_return {episodic_return}  seconds {self.seconds:.1f}"
             print(line, flush=True)
-        self.save()
+        if time.time() - self.saved_at >= SAVE_EVERY:
+            self.save()
 
     def save(self):
         """Replace checkpoint.pt as a whole; loading it with weights_only=True runs no code."""
@@ -443,6 +484,7 @@ class Run:
         with open(Path(self.dir, "checkpoint.tmp"), "wb") as file:
             torch.save(state, file)
         Path(file.name).replace(Path(self.dir, "checkpoint.pt"))
+        self.saved_at = time.time()
 
     def load(self):
         """Take up the state of checkpoint.pt."""
@@ -476,11 +518,13 @@ def train(args):
         envs = wrappers.NormalizeReward(envs, args.gamma)
     policy = Policy(envs.single_observation_space, envs.single_action_space).to(args.device)
     value = Value(envs.single_observation_space).to(args.device)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
-    optimizers = dict(policy_optimizer=policy_optimizer, value_optimizer=value_optimizer)
+    modules = dict(policy=policy, value=value, value_optimizer=value_optimizer)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
+    policy_optimizer.param_groups[0]["kl_coef"] = args.kl_coef
+    modules["policy_optimizer"] = policy_optimizer
 
-    with Run(args, envs, recorder.return_queue, policy=policy, value=value, **optimizers) as run:
+    with Run(args, envs, recorder.return_queue, **modules) as run:
         next_obs, next_done = reset(envs, args, run.iteration)
         while run.step < args.total_timesteps and not run.interrupted:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1

@@ -34,7 +34,6 @@ import tyro
 from gymnasium.wrappers import vector as wrappers
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.distributions.kl import kl_divergence
-from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -132,7 +131,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update_policy(policy, optimizer, obs, actions, advantages, args):
-    """One step of gradient ascent on E_t[ log pi(a_t|s_t) A_t ]; returns what to log."""
+    """One step up the gradient of E_t[ log pi(a_t|s_t) A_t ]; returns what to log."""
     with torch.no_grad():
         old_dist = policy(obs)
     dist = policy(obs)
@@ -151,12 +150,12 @@ def update_value(value, optimizer, obs, returns, args):
     with torch.no_grad():
         error = returns - value(obs)
         explained_variance = 1 - error.var(correction=0) / (returns.var(correction=0) + 1e-8)
-        old_params = parameters_to_vector(value.parameters())
+        old_params = nn.utils.parameters_to_vector(value.parameters())
     for _ in range(args.value_epochs):
         for mb in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
             loss = (value(obs[mb]) - returns[mb]).pow(2).mean()
             if args.value_prox_coef:
-                distance = (parameters_to_vector(value.parameters()) - old_params).pow(2).sum()
+                distance = (nn.utils.parameters_to_vector(value.parameters()) - old_params).pow(2).sum()
                 loss = loss + args.value_prox_coef * distance
             gradient_step(optimizer, loss, args.max_grad_norm)
     return {"value_loss": loss.detach(), "explained_variance": explained_variance}
@@ -262,7 +261,6 @@ def reset(envs, args, iteration):
     return obs, torch.zeros(len(obs), dtype=torch.bool, device=args.device)
 
 
-@torch.no_grad()
 def rollout(envs, policy, obs, done, num_steps):
     """Step N environments T times with actions sampled from pi; done (N,): obs (N, O) ended an episode.
 
@@ -275,7 +273,8 @@ def rollout(envs, policy, obs, done, num_steps):
     all_obs, actions, rewards = [obs], [], np.zeros((num_steps, len(obs)), np.float32)
     terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
     for t in range(num_steps):
-        actions.append(policy(obs).sample())
+        with torch.inference_mode():  # cheaper than no_grad
+            actions.append(policy(obs).sample())
         action = actions[-1].cpu().numpy().reshape(envs.action_space.shape)
         next_obs, rewards[t], terminations[t], truncations[t], _ = envs.step(action)
         next_obs = next_obs.astype(np.float32)
@@ -292,6 +291,7 @@ def rollout(envs, policy, obs, done, num_steps):
 # ---------------------------------------------------------------------------- running
 
 SCRIPT = Path(__file__).stem
+SAVE_EVERY = 1.0  # seconds; a checkpoint takes a few milliseconds, as much as a tenth of an iteration
 
 
 def refuse(message):
@@ -300,13 +300,17 @@ def refuse(message):
     sys.exit(2)
 
 
+MAY_BE_ZERO = "seed gamma gae_lambda ent_coef value_prox_coef kl_coef damping cg_tol".split()
+AT_MOST_ONE = "gamma gae_lambda min_ess fisher_subsample backtrack_coef".split()
+
+
 def check_args(args):
     """Refuse, before anything is written, what no run can have."""
     for name, value in vars(args).items():
-        may_be_zero = name in ("seed", "gamma", "gae_lambda", "ent_coef", "value_prox_coef")
+        may_be_zero = name in MAY_BE_ZERO
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be {'at least' if may_be_zero else 'above'} 0")
-        if name in ("gamma", "gae_lambda", "min_ess") and value > 1:
+        if name in AT_MOST_ONE and value > 1:
             refuse(f"--{name.replace('_', '-')} {value}: must be at most 1")
         if type(value) is int and value >= 2**63:
             refuse(f"--{name.replace('_', '-')} {value}: too large")
@@ -337,7 +341,7 @@ def load_args(run_dir):
 
 
 class Run:
-    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt after every iteration.
+    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt, renewed every second.
 
     episode_returns: the raw return of every episode, which train or a wrapper appends to.
     modules: everything with a state_dict that a resumed run needs, by name.
@@ -346,7 +350,7 @@ class Run:
     def __init__(self, args, envs, episode_returns, **modules):
         self.args, self.envs, self.episode_returns, self.modules = args, envs, episode_returns, modules
         self.step, self.iteration, self.seconds, self.progress_size = 0, 0, 0.0, 0
-        self.interrupted, self.handler = False, None
+        self.saved_at, self.interrupted, self.handler = 0.0, False, None
         self.reward_rms = vars(envs.return_rms) if isinstance(envs, wrappers.NormalizeReward) else {}
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-")))
@@ -376,6 +380,8 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if self.handler:
             signal.signal(signal.SIGINT, self.handler)
+        if kind is None:
+            self.save()
         for resource in (self.bar, self.writer, self.progress):
             resource.close()
         self.envs.close(**({"terminate": True} if self.args.vectorization == "async" else {}))
@@ -412,7 +418,8 @@ class Run:
         if self.bar.disable and self.iteration % 10 == 1:
             line = f"step {self.step}  episodic_return {episodic_return}  seconds {self.seconds:.1f}"
             print(line, flush=True)
-        self.save()
+        if time.time() - self.saved_at >= SAVE_EVERY:
+            self.save()
 
     def save(self):
         """Replace checkpoint.pt as a whole; loading it with weights_only=True runs no code."""
@@ -425,6 +432,7 @@ class Run:
         with open(Path(self.dir, "checkpoint.tmp"), "wb") as file:
             torch.save(state, file)
         Path(file.name).replace(Path(self.dir, "checkpoint.pt"))
+        self.saved_at = time.time()
 
     def load(self):
         """Take up the state of checkpoint.pt."""
@@ -458,11 +466,12 @@ def train(args):
         envs = wrappers.NormalizeReward(envs, args.gamma)
     policy = Policy(envs.single_observation_space, envs.single_action_space).to(args.device)
     value = Value(envs.single_observation_space).to(args.device)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
-    optimizers = dict(policy_optimizer=policy_optimizer, value_optimizer=value_optimizer)
+    modules = dict(policy=policy, value=value, value_optimizer=value_optimizer)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
+    modules["policy_optimizer"] = policy_optimizer
 
-    with Run(args, envs, recorder.return_queue, policy=policy, value=value, **optimizers) as run:
+    with Run(args, envs, recorder.return_queue, **modules) as run:
         next_obs, next_done = reset(envs, args, run.iteration)
         while run.step < args.total_timesteps and not run.interrupted:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1

@@ -24,6 +24,9 @@ SHARED = {
     "make_envs": ALL,
     "reset": ALL,
     "SCRIPT": ALL,
+    "SAVE_EVERY": ALL,
+    "MAY_BE_ZERO": ALL,
+    "AT_MOST_ONE": ALL,
     "refuse": ALL,
     "check_args": ALL,
     "load_args": ALL,
@@ -41,6 +44,7 @@ SHARED = {
     "fisher_vector_product": ["npg.py", "trpo.py"],
     "conjugate_gradient": ["npg.py", "trpo.py"],
     "natural_step_size": ["npg.py", "trpo.py"],
+    "natural_step": ["npg.py", "trpo.py"],
 }
 DIFFERENT_ON_PURPOSE = {"Args", "policy_loss", "update_policy", "update_value", "train"}
 SECTIONS = ["the algorithm", "networks", "data", "running", "training"]
