@@ -111,6 +111,7 @@ class Job:
         self.commit = git("rev-parse", "--short=10", "HEAD") + dirty
         self.process = subprocess.Popen(
             [sys.executable, ROOT / self.command[0], *self.command[1:], "--runs-dir", self.folder.name],
+            cwd=self.folder.name,  # MuJoCo leaves a log where it is started
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=self.stderr.open("w"),
