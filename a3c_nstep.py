@@ -56,7 +56,7 @@ class Args:
     num_workers: int = 2
     """processes that roll out and update"""
     log_interval: int = 2_000
-    """steps of all workers per iteration: a row of progress.csv, a checkpoint, new observation statistics"""
+    """steps of all workers per iteration: a row of progress.csv, new observation statistics"""
     num_envs: int = 1
     """N, environments stepped in parallel"""
     num_steps: int = 20
@@ -406,15 +406,13 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if self.handler:
             signal.signal(signal.SIGINT, self.handler)
-        if kind is None:
-            self.save()
         for resource in (self.bar, self.writer, self.progress):
             resource.close()
         self.envs.close(**({"terminate": True} if self.args.vectorization == "async" else {}))
-        print(f"{SCRIPT}.py: {self.step} steps in {self.seconds:.1f} s, saved in {self.dir}")
+        print(f"{SCRIPT}.py: {self.step} steps in {self.seconds:.1f} s, in {self.dir}")
         if kind is FloatingPointError:
             error.args = (f"not finite after step {self.step}: {error}",)
-        return kind is KeyboardInterrupt  # Ctrl-C drops the unfinished iteration
+        return kind is KeyboardInterrupt  # a second Ctrl-C drops what came after the last save
 
     def log(self, steps, metrics):
         """End an iteration of so many steps. Raises FloatingPointError if a metric is not finite."""
@@ -444,7 +442,7 @@ class Run:
         if self.bar.disable and self.iteration % 10 == 1:
             line = f"step {self.step}  episodic_return {episodic_return}  seconds {self.seconds:.1f}"
             print(line, flush=True)
-        if time.time() - self.saved_at >= SAVE_EVERY:
+        if time.monotonic() - self.saved_at >= SAVE_EVERY:
             self.save()
 
     def save(self):
@@ -458,7 +456,7 @@ class Run:
         with open(Path(self.dir, "checkpoint.tmp"), "wb") as file:
             torch.save(state, file)
         Path(file.name).replace(Path(self.dir, "checkpoint.pt"))
-        self.saved_at = time.time()
+        self.saved_at = time.monotonic()
 
     def load(self):
         """Take up the state of checkpoint.pt."""
@@ -519,6 +517,7 @@ def train(args):
                 run.reward_rms.update(mean(reward_rms))
                 run.episode_returns.extend(np.concatenate(returns))
                 run.log(len(b_obs), mean(metrics))
+            run.save()
             for pipe in pipes:
                 pipe.send(None)
         except mp.ProcessRaisedException as error:

@@ -404,15 +404,13 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if self.handler:
             signal.signal(signal.SIGINT, self.handler)
-        if kind is None:
-            self.save()
         for resource in (self.bar, self.writer, self.progress):
             resource.close()
         self.envs.close(**({"terminate": True} if self.args.vectorization == "async" else {}))
-        print(f"{SCRIPT}.py: {self.step} steps in {self.seconds:.1f} s, saved in {self.dir}")
+        print(f"{SCRIPT}.py: {self.step} steps in {self.seconds:.1f} s, in {self.dir}")
         if kind is FloatingPointError:
             error.args = (f"not finite after step {self.step}: {error}",)
-        return kind is KeyboardInterrupt  # Ctrl-C drops the unfinished iteration
+        return kind is KeyboardInterrupt  # a second Ctrl-C drops what came after the last save
 
     def log(self, steps, metrics):
         """End an iteration of so many steps. Raises FloatingPointError if a metric is not finite."""
@@ -442,7 +440,7 @@ class Run:
         if self.bar.disable and self.iteration % 10 == 1:
             line = f"step {self.step}  episodic_return {episodic_return}  seconds {self.seconds:.1f}"
             print(line, flush=True)
-        if time.time() - self.saved_at >= SAVE_EVERY:
+        if time.monotonic() - self.saved_at >= SAVE_EVERY:
             self.save()
 
     def save(self):
@@ -456,7 +454,7 @@ class Run:
         with open(Path(self.dir, "checkpoint.tmp"), "wb") as file:
             torch.save(state, file)
         Path(file.name).replace(Path(self.dir, "checkpoint.pt"))
-        self.saved_at = time.time()
+        self.saved_at = time.monotonic()
 
     def load(self):
         """Take up the state of checkpoint.pt."""
@@ -522,6 +520,7 @@ def train(args):
             policy.net[0].update(b_obs)
             run.episode_returns += rewards.sum(0).tolist()
             run.log(len(b_obs), metrics)
+        run.save()
     return TrainResult(policy, run.episode_returns, run.dir)
 
 
