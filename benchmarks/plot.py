@@ -59,10 +59,10 @@ def load(folder, env_ids):
     records = [json.loads(path.read_text()) for path in folder.glob("*/*__*.json")]
     for run in sorted(records, key=lambda run: run["seed"]):
         name = f"{run['script']}.py {run['env_id']} seed {run['seed']}"
-        group = runs[run["env_id"]][run["script"]]
-        if run["error"]:
-            remarks.append(f"{name} is left out, it failed: {run['error']}")
+        if run["error"] or run["env_id"] not in runs:
+            remarks.append(f"{name} is left out: {run['error'] or 'its environment is not in the commands'}")
             continue
+        group = runs[run["env_id"]][run["script"]]
         group.append(run)
         if {**run["arguments"], "seed": 0} != {**group[0]["arguments"], "seed": 0}:
             remarks.append(f"{name} has other arguments than seed {group[0]['seed']}")
@@ -335,9 +335,9 @@ def plot_profile(runs, published, path):
 # ---------------------------------------------------------------------------- files
 
 FINAL = """\
-Mean ± sample standard deviation over seeds (how many) of the mean return of the last 100 training episodes, at
-the budget of steps in the head; after the semicolon the best published score of the algorithm, whose budget may
-differ. Bold: not below it.
+Mean ± sample standard deviation over seeds (how many) of the mean return of the last 100 training episodes,
+at the budget of steps in the head; after the semicolon the best published score of the algorithm, perhaps at
+another budget. Bold: not below it.
 """
 EFFICIENCY = """\
 Median steps until the mean of 100 episodes reaches the return in the head (how many seeds do):
@@ -353,7 +353,8 @@ def main(args):
     with open(args.published) as file:
         published = {(row["environment"], row["algorithm"]): row for row in csv.DictReader(file)}
     runs, remarks = load(args.results / "matrix", settings.sections())
-    print(*remarks, sep="\n", file=sys.stderr)
+    for line in remarks:
+        print(f"plot.py: {line}", file=sys.stderr)
     if not runs:
         sys.exit(f"plot.py: no runs in {args.results / 'matrix'}")
 

@@ -263,4 +263,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    argv = sys.argv[1:]
+    if "--flags" in argv[:-1]:  # tyro takes a value that starts with dashes only behind an equals sign
+        at = argv.index("--flags")
+        argv[at : at + 2] = [f"--flags={argv[at + 1]}"]
+    main(tyro.cli(Args, args=argv))
