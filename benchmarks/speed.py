@@ -1,9 +1,11 @@
 """Training steps per second of the scripts, and of a peer's counterpart with the same sizes.
 
     python benchmarks/speed.py --scripts ppo --repeats 5
+    python benchmarks/speed.py --scripts a3c_nstep --presets workers
 
 Ours and theirs alternate, each in a process of its own with one torch thread. Only the training loop is
-timed, without imports and construction. With its own defaults a script is measured alone.
+timed, without imports and construction. With its own defaults a script is measured alone. For a3c_nstep.py
+the other side can be itself with one worker.
 """
 
 import csv
@@ -26,7 +28,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-SIZES = ("num_envs", "num_steps", "update_epochs", "num_minibatches")
+SIZES = ("num_workers", "num_envs", "num_steps", "update_epochs", "num_minibatches")
 
 
 class Peer(NamedTuple):
@@ -36,20 +38,36 @@ class Peer(NamedTuple):
     flags: str  # of our script, for the same sizes
 
 
-SB3_SIZES = dict(n_steps=128, n_epochs=4, batch_size=128, gamma=0.99, policy_kwargs=dict(net_arch=[64, 64]))
-OUR_SIZES = (
-    "--num-envs 4 --num-steps 128 --update-epochs 4 --value-epochs 4 --num-minibatches 4 --gamma 0.99"
-    " --no-normalize-rewards"  # as the peer, which scales nothing
-)
-PEERS = {"ppo": Peer("stable_baselines3.PPO", 4, SB3_SIZES, OUR_SIZES)}  # CleanRL's sizes
+NETS = dict(gamma=0.99, policy_kwargs=dict(net_arch=[64, 64]))
+RAW = " --no-normalize-rewards"  # as the peers, which scale nothing
+PEERS = {
+    "ppo": Peer(  # CleanRL's sizes
+        "stable_baselines3.PPO",
+        4,
+        dict(n_steps=128, n_epochs=4, batch_size=128, **NETS),
+        "--num-envs 4 --num-steps 128 --update-epochs 4 --value-epochs 4 --num-minibatches 4" + RAW,
+    ),
+    "vpg_gae": Peer(
+        "stable_baselines3.A2C",
+        16,
+        dict(n_steps=32, gae_lambda=0.95, **NETS),
+        "--num-envs 16 --num-steps 32 --value-epochs 1 --num-minibatches 1" + RAW,
+    ),
+    "trpo": Peer(  # the peer's defaults at 8 x 128
+        "sb3_contrib.TRPO",
+        8,
+        dict(n_steps=128, batch_size=128, n_critic_updates=10, cg_max_steps=15, **NETS),
+        "--num-envs 8 --num-steps 128 --value-epochs 10 --num-minibatches 8 --cg-iters 15" + RAW,
+    ),
+}
 
 
 @dataclass
 class Args:
     scripts: tuple[str, ...] = ("ppo",)
     """names of scripts, without .py"""
-    presets: tuple[Literal["peer", "defaults"], ...] = ("peer", "defaults")
-    """peer: the sizes that a script shares with its peer; defaults: the script's own, without a peer"""
+    presets: tuple[Literal["peer", "defaults", "workers"], ...] = ("peer", "defaults")
+    """peer: the sizes shared with a peer; defaults: the script's own; workers: two against one"""
     env_id: str = "CartPole-v1"
     """gymnasium environment"""
     total_timesteps: int = 100_000
@@ -106,21 +124,25 @@ def main(args):
     if args.repeats < 3:
         sys.exit("speed.py: --repeats must be at least 3")
     rows = []
-    print("| script | sizes | ours, steps/s | SB3, steps/s | ratio |\n|---|---|---|---|---|")
+    print("| script | sizes | steps/s | other | its steps/s | ratio |\n|---|---|---|---|---|---|")
     for script, preset in itertools.product(args.scripts, args.presets):
         peer = PEERS.get(script) if preset == "peer" else None
-        if preset == "peer" and not peer:
+        if preset == "peer" and not peer or preset == "workers" and script != "a3c_nstep":
             continue
+        flags = peer.flags if peer else "--num-workers 2" if preset == "workers" else ""
+        other = {"peer": peer and peer.name, "workers": "1 worker", "defaults": ""}[preset]
         ours, theirs = [], []
         for _ in range(args.repeats):
-            speed, used = measure_script(script, peer.flags if peer else "", args)
+            speed, used = measure_script(script, flags, args)
             ours.append(speed)
-            if peer and importlib.util.find_spec(peer.name.split(".")[0]):
+            if preset == "workers":
+                theirs.append(measure_script(script, "--num-workers 1", args)[0])
+            elif peer and importlib.util.find_spec(peer.name.split(".")[0]):
                 theirs.append(measure_peer(peer, args))
         sizes = ", ".join(f"{used[name]} {name.split('_')[1]}" for name in SIZES if name in used)
-        their_speed = spread(theirs) if theirs else "`pip install -r requirements-extras.txt`" if peer else ""
+        their_speed = spread(theirs) if theirs else "not installed" if peer else ""
         ratio = f"{median(ours) / median(theirs):.2f}" if theirs else ""
-        print(f"| {script} | {sizes} | {spread(ours)} | {their_speed} | {ratio} |", flush=True)
+        print(f"| {script} | {sizes} | {spread(ours)} | {other} | {their_speed} | {ratio} |", flush=True)
         rows.append({"script": script, "preset": preset, "arguments": used, "ours": ours, "theirs": theirs})
     machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
     packages = ("torch", "gymnasium", "stable-baselines3", "sb3-contrib")
