@@ -310,6 +310,10 @@ def test_two_workers_share_everything_count_every_step_and_resume(tmp_path, mark
     assert_exact(result, marks, unfinished=2)
     assert all(tensor.is_shared() for tensor in result.policy.state_dict().values())
     first = checkpoint(result.run_dir)
+    assert first["episode_returns"].tolist() == result.episode_returns
+    assert all(
+        torch.equal(a, b) for a, b in zip(first["policy"].values(), result.policy.state_dict().values())
+    )
     for name in ("policy_optimizer", "value_optimizer"):
         assert all(square_avg.max() > 0 for square_avg in first[name].values())
     assert 1000 <= first["step"] <= 1000 + 2 * 5
@@ -423,12 +427,20 @@ def finish(process):
     return process.returncode, err
 
 
-def assert_whole(run_dir):
-    """The last checkpoint loads, is finite, and is that of the last row."""
+def assert_good(run_dir, last=False):
+    """The checkpoint loads, is finite, and is that of a row: the last, or the one when it was written."""
     state, rows = checkpoint(run_dir), progress(run_dir)
-    assert len(rows) == state["iteration"] > 0 and int(rows[-1]["step"]) == state["step"]
+    assert len(rows) >= state["iteration"] > 0 and int(rows[state["iteration"] - 1]["step"]) == state["step"]
+    assert not last or len(rows) == state["iteration"]
     tensors = [x for name in ("policy", "value", "policy_optimizer") for x in state[name].values()]
     assert all(x.isfinite().all() for x in tensors)
+
+
+def wait_for_a_save(process, runs_dir):
+    """Wait for a checkpoint after that of the start, which takes a second, and some rows more."""
+    run_dir = wait_for_rows(process, runs_dir, 1)
+    iteration = wait_for(process, lambda: checkpoint(run_dir)["iteration"])
+    return wait_for_rows(process, runs_dir, iteration + 2)
 
 
 def test_an_exception_in_a_worker_ends_the_run_with_its_traceback(tmp_path, marks):
@@ -436,24 +448,38 @@ def test_an_exception_in_a_worker_ends_the_run_with_its_traceback(tmp_path, mark
     wait_for(process, (marks / "wrong").exists)
     code, err = finish(process)
     assert code == 1 and "ValueError: no such ladder" in err and "a3c_environments.py" in err
-    assert_whole(next((tmp_path / "runs").iterdir()))
 
 
-def test_what_is_not_finite_in_a_worker_ends_the_run_as_in_the_other_scripts(tmp_path, marks):
-    with pytest.raises(FloatingPointError, match="(?s)not finite after step.*observation") as error:
-        a3c_nstep.train(tiny(tmp_path / "runs", f"{MODULE}:Nan-v0"))
+@pytest.mark.parametrize("goes_wrong", ["Raises", "Nan"])
+def test_an_error_in_a_worker_keeps_the_last_checkpoint(tmp_path, marks, monkeypatch, goes_wrong):
+    """It comes at the 300th step of one worker, in a later iteration than the first. Resumed, all is well."""
+    save, saves = a3c_nstep.Run.save, []
+    monkeypatch.setattr(a3c_nstep, "SAVE_EVERY", 0)
+    monkeypatch.setattr(a3c_nstep.Run, "save", lambda run: (saves.append(run.step), save(run)))
+    args = tiny(tmp_path / "runs", f"{MODULE}:{goes_wrong}-v0", log_interval=100)
+    with pytest.raises((torch.multiprocessing.ProcessRaisedException, FloatingPointError)) as error:
+        a3c_nstep.train(args)
     run_dir = next((tmp_path / "runs").iterdir())
-    assert f"step {checkpoint(run_dir)['step']}:" in str(error.value)
+    assert checkpoint(run_dir)["step"] == saves[-1] > 0 and len(saves) == 1 + len(progress(run_dir))
+    assert_good(run_dir, last=True)
+    if goes_wrong == "Nan":  # as in the other scripts
+        assert error.type is FloatingPointError and "observation" in str(error.value)
+        assert f"not finite after step {saves[-1]}:" in str(error.value)
+    else:
+        assert "ValueError: no such ladder" in str(error.value)
     assert not [x for x in torch.multiprocessing.active_children() if x.is_alive()]
+    a3c_nstep.train(dataclasses.replace(args, resume=str(run_dir)))  # once is enough, say the marks
+    assert checkpoint(run_dir)["step"] >= 1000
+    assert_good(run_dir, last=True)
 
 
 def test_a_killed_worker_ends_the_run_and_is_named(tmp_path):
     process = start(tmp_path, "CartPole-v1")
-    run_dir = wait_for_rows(process, tmp_path, 3)
+    run_dir = wait_for_a_save(process, tmp_path)
     os.kill(worker_pids(process)[1], signal.SIGKILL)
     code, err = finish(process)
     assert code == 1 and "terminated with signal SIGKILL" in err
-    assert_whole(run_dir)
+    assert_good(run_dir)
 
 
 @pytest.mark.parametrize("rows", [0, 3])
@@ -469,13 +495,20 @@ def test_ctrl_c_ends_all_processes_cleanly(tmp_path, rows):
     (run_dir,) = tmp_path.iterdir()
     assert checkpoint(run_dir)["iteration"] >= rows
     if rows:
-        assert_whole(run_dir)
+        assert_good(run_dir, last=True)
 
 
 def test_a_killed_parent_takes_its_workers_along(tmp_path):
     process = start(tmp_path, "CartPole-v1")
-    run_dir = wait_for_rows(process, tmp_path, 3)
+    run_dir = wait_for_a_save(process, tmp_path)
     process.kill()
     process.communicate(timeout=10)
     assert_no_orphans(process)
-    assert_whole(run_dir)
+    assert_good(run_dir)
+    state, rows = checkpoint(run_dir), progress(run_dir)
+    args = dataclasses.replace(a3c_nstep.load_args(run_dir), total_timesteps=state["step"] + 500)
+    result = a3c_nstep.train(args)
+    assert progress(run_dir)[: state["iteration"]] == rows[: state["iteration"]]
+    assert checkpoint(run_dir)["step"] >= state["step"] + 500
+    assert len(result.episode_returns) >= len(state["episode_returns"])
+    assert_good(run_dir, last=True)

@@ -292,15 +292,21 @@ RESUMED = [
 ]
 
 
+@pytest.mark.parametrize("saved", [2, 3])
 @pytest.mark.parametrize("script, changes", RESUMED)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, changes, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, changes, saved, tmp_path):
+    """Also where the checkpoint is that of an iteration before the last one: its rows are made again."""
     changes = {"total_timesteps": 600, **changes}
     whole = train(script, tmp_path / "whole", **changes)
     with pytest.MonkeyPatch.context() as monkeypatch:
         module = importlib.import_module(script)
         interrupt(monkeypatch, module, 3)
+        save = module.Run.save
+        monkeypatch.setattr(module, "SAVE_EVERY", 0)  # after every iteration
+        monkeypatch.setattr(module.Run, "save", lambda run: run.iteration <= saved and save(run))
         run_dir = train(script, tmp_path / "parts", **changes).run_dir
     assert len(progress(run_dir)) == 3 < len(progress(whole.run_dir)) - 1
+    assert torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True)["iteration"] == saved
     torch.manual_seed(12345)
     resumed = module.train(module.load_args(run_dir))
     assert progress(resumed.run_dir) == progress(whole.run_dir)

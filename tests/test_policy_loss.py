@@ -13,7 +13,13 @@ OBS_SPACE = Box(-1, 1, (3,))
 def make_policy(action_space, seed=0):
     torch.manual_seed(seed)
     policy = ppo.Policy(OBS_SPACE, action_space)
-    return policy, torch.optim.Adam(policy.parameters(), lr=1e-2)
+    return policy, make_optimizer(policy, lr=1e-2)
+
+
+def make_optimizer(policy, lr):
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+    optimizer.param_groups[0]["kl_coef"] = 1.0  # as train does
+    return optimizer
 
 
 def record(monkeypatch, name):
@@ -80,7 +86,7 @@ def test_first_ratio_is_exactly_1_although_the_environment_got_clipped_actions(m
     np.testing.assert_array_equal(received, actions.clamp(-2, 2))
 
     calls = record(monkeypatch, "policy_loss")
-    optimizer = torch.optim.Adam(policy.parameters())
+    optimizer = make_optimizer(policy, lr=1e-3)
     ppo.update_policy(policy, optimizer, obs[:-1][valid], actions[valid], torch.randn(200), args)
     [(logprobs, old_logprobs, *_)] = calls
     assert len(logprobs) == 200

@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import pty
 import re
@@ -20,6 +21,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -28,6 +30,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = ["vpg_gae", "ppo"]  # the episode family: test_episode_rollout.py
+ALL = ["reinforce", "reinforce_baseline", "offpolicy_is", "vpg_gae", "npg", "trpo", "ppo"]  # test_a3c.py
 PROCESSES = ["ppo"]  # in processes of their own; `# ---- running` is the same text in every script
 TIMES = {"seconds", "steps_per_second"}
 
@@ -93,9 +96,12 @@ for env_id, env in {"space/ThreeSteps-v0": ThreeSteps, "OneStep-v0": OneStep, "B
 
 
 @pytest.fixture(params=SCRIPTS)
-def script(request):
+def script(request, monkeypatch):
+    """A script that writes a checkpoint after every iteration; the real rule has tests of its own."""
     ThreeSteps.clear()
-    return importlib.import_module(request.param)
+    module = importlib.import_module(request.param)
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
+    return module
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +170,28 @@ def interrupted_run(script, runs_dir, iteration=2, **changes):
     return train_until(script, iteration, tiny(script, runs_dir, **changes))
 
 
+def run_with_a_lost_row(script, runs_dir, error=KeyboardInterrupt, **changes):
+    """A run that an error stopped in its fourth iteration: three rows, but the checkpoint of the second."""
+    log = script.Run.log
+
+    def log_or_stop(run, *rest):
+        if run.iteration == 3:
+            raise error
+        script.SAVE_EVERY = 0 if run.iteration == 1 else math.inf
+        log(run, *rest)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(script, "SAVE_EVERY", math.inf)
+        monkeypatch.setattr(script.Run, "log", log_or_stop)
+        try:
+            script.train(tiny(script, runs_dir, **{"total_timesteps": 600, **changes}))
+        except error:
+            pass
+    run_dir = only_run(runs_dir)
+    assert len(progress(run_dir)) == 3 and checkpoint(run_dir)["iteration"] == 2
+    return run_dir
+
+
 def resume(script, run_dir, **changes):
     return script.train(dataclasses.replace(script.load_args(run_dir), **changes))
 
@@ -216,7 +244,7 @@ def test_steps_are_those_of_the_environment_without_the_resets(script, tmp_path)
 
 
 def test_tensorboard_holds_the_numbers_of_progress_csv(script, tmp_path):
-    run_dir = interrupted_run(script, tmp_path)
+    run_dir = run_with_a_lost_row(script, tmp_path)
     time.sleep(1)  # event files are ordered by their names, which have the second
     resume(script, run_dir)
     events, rows = EventAccumulator(str(run_dir)).Reload(), progress(run_dir)
@@ -384,6 +412,158 @@ def test_a_resumed_run_that_stops_at_once_can_be_resumed_again(script, tmp_path)
     assert_whole(run_dir)
 
 
+# ---------------------------------------------------------------------------- when it is saved
+
+
+@pytest.fixture(params=ALL)
+def as_it_is(request):
+    """A script with its own rule: a checkpoint at the start, at most once a second, and at the end."""
+    ThreeSteps.clear()
+    return importlib.import_module(request.param)
+
+
+def record_saves(monkeypatch, script):
+    """The iteration of every checkpoint."""
+    iterations, save = [], script.Run.save
+    monkeypatch.setattr(script.Run, "save", lambda run: (iterations.append(run.iteration), save(run))[1])
+    return iterations
+
+
+def test_a_checkpoint_at_the_start_once_a_second_and_at_the_end(as_it_is, tmp_path, monkeypatch):
+    script, now, log = as_it_is, [1000.0], as_it_is.Run.log
+    durations = iter([0.5, 0.5, 0.75, 3.0, 0.25, 0.5, 0.125] + [0.0] * 99)
+
+    def log_later(run, *rest):
+        now[0] += next(durations)
+        log(run, *rest)
+
+    monkeypatch.setattr(script.Run, "log", log_later)
+    monkeypatch.setattr(script, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+    saves = record_saves(monkeypatch, script)
+    args = tiny(script, tmp_path, env_id="space/ThreeSteps-v0", total_timesteps=300)
+    result = script.train(args)
+    rows = progress(result.run_dir)
+    assert len(rows) > 7 and saves == [0, 2, 4, len(rows)]
+    assert_whole(result.run_dir)
+    state = checkpoint(result.run_dir)
+    assert state["step"] >= 300 and state["episode_returns"].tolist() == result.episode_returns
+    assert_same(state["policy"], result.policy.state_dict())
+
+
+def test_a_save_that_takes_long_does_not_come_after_every_iteration(as_it_is, tmp_path, monkeypatch):
+    """The second counts from the end of a save: a slow disk cannot take up all of the time."""
+    script, now, log = as_it_is, [0.0], as_it_is.Run.log
+
+    def log_later(run, *rest):
+        now[0] += 0.5
+        log(run, *rest)
+
+    def slow_save(*args, save=torch.save):
+        now[0] += 30.0
+        save(*args)
+
+    monkeypatch.setattr(script.Run, "log", log_later)
+    monkeypatch.setattr(torch, "save", slow_save)
+    monkeypatch.setattr(script, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+    saves = record_saves(monkeypatch, script)
+    result = script.train(tiny(script, tmp_path, total_timesteps=400))
+    last = len(progress(result.run_dir))
+    assert saves == [*range(0, last + 1, 2), last]
+
+
+def test_the_first_ctrl_c_saves_the_iteration_it_came_in(as_it_is, tmp_path, monkeypatch):
+    script, log = as_it_is, as_it_is.Run.log
+
+    def log_and_ctrl_c(run, *rest):
+        log(run, *rest)
+        if run.iteration == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(script, "SAVE_EVERY", math.inf)
+    monkeypatch.setattr(script.Run, "log", log_and_ctrl_c)
+    saves = record_saves(monkeypatch, script)
+    result = script.train(tiny(script, tmp_path, total_timesteps=1000))
+    assert saves == [0, 3]
+    assert_whole(result.run_dir)
+    assert_same(checkpoint(result.run_dir)["policy"], result.policy.state_dict())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError, ValueError])
+def test_an_error_keeps_the_last_checkpoint_and_a_resumed_run_goes_on_from_there(script, tmp_path, error):
+    run_dir = run_with_a_lost_row(script, tmp_path, error)
+    before, state = progress(run_dir), checkpoint(run_dir)
+    assert state["step"] == int(before[1]["step"]) == state["policy"]["net.0.count"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resume(script, run_dir)
+    after = progress(run_dir)
+    assert after[:2] == before[:2] and after[2] != before[2]
+    assert checkpoint(run_dir)["step"] >= 600
+    assert_whole(run_dir)
+
+
+def test_the_error_is_not_hidden_but_the_second_ctrl_c_is(script, tmp_path, monkeypatch):
+    def raise_error(*args):
+        raise error
+
+    monkeypatch.setattr(script, "policy_loss", raise_error)
+    for error in (ValueError("x"), FloatingPointError("x"), SystemExit(2)):
+        with pytest.raises(type(error)):
+            script.train(tiny(script, tmp_path))
+    error = KeyboardInterrupt()
+    assert checkpoint(script.train(tiny(script, tmp_path)).run_dir)["iteration"] == 0
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_during_the_last_save(script, tmp_path, monkeypatch, times):
+    """Once: the save is finished. Twice: at once, and the checkpoint before it stays."""
+    save, calls = torch.save, []
+
+    def save_and_ctrl_c(*args):
+        calls.append(args)
+        for _ in range(times if len(calls) == 2 else 0):
+            signal.raise_signal(signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(script, "SAVE_EVERY", math.inf)
+    monkeypatch.setattr(torch, "save", save_and_ctrl_c)
+    try:
+        run_dir = script.train(tiny(script, tmp_path)).run_dir
+    except KeyboardInterrupt:
+        pytest.fail("KeyboardInterrupt")
+    assert len(calls) == 2 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert checkpoint(run_dir)["iteration"] == (len(progress(run_dir)) if times == 1 else 0)
+    resume(script, run_dir, total_timesteps=300)
+    assert_whole(run_dir)
+
+
+def test_a_full_disk_at_the_last_save_closes_everything_and_keeps_the_checkpoint_before(
+    script, tmp_path, monkeypatch
+):
+    def full(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError("no space left on device")
+
+    def log_and_fill(run, *rest):
+        log(run, *rest)
+        monkeypatch.setattr(torch, "save", full)
+
+    log = script.Run.log
+    monkeypatch.setattr(script.Run, "log", log_and_fill)
+    monkeypatch.setattr(script, "SAVE_EVERY", math.inf)
+    args = tiny(script, tmp_path, vectorization="async")
+    with pytest.raises(OSError, match="no space"):
+        script.train(args)
+    monkeypatch.undo()
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run_dir = only_run(tmp_path)
+    assert checkpoint(run_dir)["iteration"] == 0 < len(progress(run_dir))
+    resume(script, run_dir)
+    assert_whole(run_dir)
+    assert not list(run_dir.glob("*.tmp"))
+
+
 # ---------------------------------------------------------------------------- what is not finite
 
 
@@ -498,10 +678,12 @@ def finish(process):
 
 
 def assert_resumes(name, run_dir):
-    before = checkpoint(run_dir)
+    """From the checkpoint: the rows up to it stay, those after it are done again."""
+    before, rows = checkpoint(run_dir), progress(run_dir)
     script = importlib.import_module(name)
     result = resume(script, run_dir, total_timesteps=before["step"] + 300)
     assert checkpoint(run_dir)["step"] >= before["step"] + 300
+    assert progress(run_dir)[: before["iteration"]] == rows[: before["iteration"]]
     assert len(result.episode_returns) >= len(before["episode_returns"])
     assert_whole(run_dir)
 
@@ -515,6 +697,7 @@ def test_ctrl_c_ends_a_process_cleanly(tmp_path, name, vectorization):
     out, err = finish(process)
     assert process.returncode == 0 and "Traceback" not in err and str(run_dir) in out
     assert checkpoint(run_dir)["iteration"] >= 3
+    assert_whole(run_dir)
     assert_resumes(name, run_dir)
 
 
@@ -554,13 +737,22 @@ script.train(tyro.cli(script.Args))
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path, name, vectorization):
+@pytest.mark.parametrize("vectorization, saves", [("sync", 1), ("sync", 2), ("async", 2)])
+def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path, name, vectorization, saves):
+    """Killed with the checkpoint of its start, or a second later with the next one and some rows more."""
     process = start(name, tmp_path, "--vectorization", vectorization)
     run_dir = wait_for_rows(process, tmp_path, 3)
+    deadline = time.time() + 60
+    while saves == 2 and checkpoint(run_dir)["iteration"] == 0 and time.time() < deadline:
+        time.sleep(0.05)
+    wait_for_rows(process, tmp_path, checkpoint(run_dir)["iteration"] + 3)
     time.sleep(np.random.uniform(0, 0.1))
     process.kill()
     finish(process)
+    state, rows = checkpoint(run_dir), progress(run_dir)
+    assert saves == 1 or state["iteration"] > 0
+    assert len(rows) >= state["iteration"]
+    assert state["iteration"] == 0 or int(rows[state["iteration"] - 1]["step"]) == state["step"]
     assert_resumes(name, run_dir)
 
 
@@ -568,7 +760,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path, name, vecto
 def test_a_process_killed_while_it_writes_the_checkpoint_leaves_the_one_before(tmp_path, name):
     code = f"""
 import io, os, signal, sys, torch, tyro, {name} as script
-save, saves = torch.save, []
+save, saves, script.SAVE_EVERY = torch.save, [], 0
 
 def save_half_of_the_fourth(state, file):
     saves.append(state["step"])
