@@ -81,6 +81,8 @@ class Args:
     """longer gradients are scaled down to this"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
+    init_std: float = 1.0
+    """standard deviation that Gaussian actions begin with"""
     normalize_advantages: bool = False
     """zero mean and unit standard deviation over each rollout"""
     normalize_rewards: bool = True
@@ -222,13 +224,13 @@ def mlp(in_dim, out_dim, out_gain):
 class Policy(nn.Module):
     """pi(a|s): categorical for Discrete actions, diagonal Gaussian for Box actions."""
 
-    def __init__(self, obs_space, action_space):
+    def __init__(self, obs_space, action_space, init_std=1.0):
         super().__init__()
         action_dim = gym.spaces.flatdim(action_space)
         self.net = mlp(gym.spaces.flatdim(obs_space), action_dim, out_gain=0.01)
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(action_dim))
+            self.log_std = nn.Parameter(torch.full((action_dim,), init_std).log())
 
     def forward(self, obs):  # (..., O) -> distribution with batch shape (...)
         if self.discrete:
@@ -488,7 +490,7 @@ def train(args):
     recorder = envs = wrappers.RecordEpisodeStatistics(make_envs(args), buffer_length=None)
     if args.normalize_rewards:
         envs = wrappers.NormalizeReward(envs, args.gamma)
-    policy = Policy(envs.single_observation_space, envs.single_action_space).to(args.device)
+    policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std).to(args.device)
     value = Value(envs.single_observation_space).to(args.device)
     modules = nn.ModuleDict({"policy": policy, "value": value})
     modules["policy_optimizer"] = nn.ParameterList(map(torch.zeros_like, policy.parameters()))

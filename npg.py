@@ -92,6 +92,8 @@ class Args:
     """longer gradients are scaled down to this"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
+    init_std: float = 1.0
+    """standard deviation that Gaussian actions begin with"""
     normalize_advantages: bool = True
     """zero mean and unit standard deviation over each rollout"""
     normalize_rewards: bool = True
@@ -153,7 +155,7 @@ def conjugate_gradient(matvec, b, iters, tol, residuals=None):
     x, r, p = torch.zeros_like(b), b, b
     for _ in range(iters):
         Ap = matvec(p)
-        if not p @ Ap > 0:  # A does not curve along p
+        if not 1e-15 * (p @ p) < p @ Ap < float("inf"):  # A does not curve along p
             break
         alpha = r @ r / (p @ Ap)
         x, r, old_r = x + alpha * p, r - alpha * Ap, r
@@ -180,7 +182,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
     optimizer.step()
 
 
-def natural_step(policy, params, obs, loss, args):
+def natural_step(policy, params, obs, loss, learning_rate, args):
     """The step along F^-1 g (P,), g = -grad loss, and what to log."""
     num_obs = round(args.fisher_subsample * len(obs)) or 1
     g, obs = -flat_grad(loss, params), obs[torch.randperm(len(obs), device=obs.device)[:num_obs]]
@@ -190,13 +192,13 @@ def natural_step(policy, params, obs, loss, args):
     matvec = partial(fisher_vector_product, grad_kl, params, damping=args.damping)
     residuals = [1.0]
     direction = conjugate_gradient(matvec, g, args.cg_iters, args.cg_tol, residuals)
-    step_size = natural_step_size(g, direction, args.max_kl) if args.step_rule == "kl" else args.learning_rate
+    step_size = natural_step_size(g, direction, args.max_kl) if args.step_rule == "kl" else learning_rate
     step = step_size * direction
     kl = step @ fisher_vector_product(grad_kl, params, step, damping=0) / 2
     return step, {"cg_iterations": len(residuals) - 1, "cg_residual": residuals[-1], "predicted_kl": kl}
 
 
-def update_policy(policy, obs, actions, advantages, args):
+def update_policy(policy, remaining, obs, actions, advantages, args):
     """One step up the gradient of E_t[ log pi(a_t|s_t) A_t ]; returns what to log."""
     with torch.no_grad():
         old_dist = policy(obs)
@@ -205,7 +207,7 @@ def update_policy(policy, obs, actions, advantages, args):
     if args.ent_coef:
         loss = loss - args.ent_coef * dist.entropy().mean()
     params = list(policy.parameters())
-    step, step_metrics = natural_step(policy, params, obs, loss, args)
+    step, step_metrics = natural_step(policy, params, obs, loss, args.learning_rate * remaining, args)
     old_params = nn.utils.parameters_to_vector(params).detach()
     nn.utils.vector_to_parameters(old_params + step, params)
     with torch.no_grad():
@@ -267,13 +269,13 @@ def mlp(in_dim, out_dim, out_gain):
 class Policy(nn.Module):
     """pi(a|s): categorical for Discrete actions, diagonal Gaussian for Box actions."""
 
-    def __init__(self, obs_space, action_space):
+    def __init__(self, obs_space, action_space, init_std=1.0):
         super().__init__()
         action_dim = gym.spaces.flatdim(action_space)
         self.net = mlp(gym.spaces.flatdim(obs_space), action_dim, out_gain=0.01)
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(action_dim))
+            self.log_std = nn.Parameter(torch.full((action_dim,), init_std).log())
 
     def forward(self, obs):  # (..., O) -> distribution with batch shape (...)
         if self.discrete:
@@ -533,7 +535,7 @@ def train(args):
     recorder = envs = wrappers.RecordEpisodeStatistics(make_envs(args), buffer_length=None)
     if args.normalize_rewards:
         envs = wrappers.NormalizeReward(envs, args.gamma)
-    policy = Policy(envs.single_observation_space, envs.single_action_space).to(args.device)
+    policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std).to(args.device)
     value = Value(envs.single_observation_space).to(args.device)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
     modules = dict(policy=policy, value=value, value_optimizer=value_optimizer)
@@ -560,7 +562,7 @@ def train(args):
             # (T, N, ...) -> (B, ...), dropping the reset steps
             b_obs, b_actions, b_returns = obs[:-1][valid], actions[valid], returns[valid]
             b_advantages = normalize(advantages[valid]) if args.normalize_advantages else advantages[valid]
-            metrics = update_policy(policy, b_obs, b_actions, b_advantages, args)
+            metrics = update_policy(policy, remaining, b_obs, b_actions, b_advantages, args)
             metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
             policy.net[0].update(b_obs)
             value.net[0].update(b_obs)
