@@ -179,6 +179,20 @@ def test_box_actions_of_two_dimensions_are_stored_raw_and_clipped_for_the_enviro
     assert actions.abs().max() > 1
 
 
+@pytest.mark.parametrize("env_id", ["Counter-v0", "ShortMatrix-v0"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_rollout_returns_can_be_differentiated_through_a_policy(script, env_id):
+    """Actions are sampled in inference mode, whose tensors autograd refuses."""
+    module = importlib.import_module(script)
+    envs, policy, obs = start(env_id)
+    batch = module.rollout_episodes(envs, policy, obs, 100)
+    assert not any(x.is_inference() or x.requires_grad for x in batch)
+    obs, actions, _, valid = batch
+    policy(obs).log_prob(actions)[valid].sum().backward()
+    assert all(x.grad.isfinite().all() for x in policy.parameters())
+    assert policy.net[-1].bias.grad.abs().max() > 0
+
+
 # ---------------------------------------------------------------------------- training
 
 

@@ -1,3 +1,4 @@
+import importlib
 from types import SimpleNamespace
 
 import environments
@@ -10,6 +11,7 @@ import ppo
 
 torch.set_num_threads(1)
 
+STEP_FAMILY = ["vpg_gae", "npg", "trpo", "ppo", "a3c_nstep"]
 FIELDS = ("obs", "actions", "rewards", "terminations", "dones", "valid")
 VECTOR_CLASS = {
     "sync": gym.vector.SyncVectorEnv,
@@ -106,6 +108,24 @@ def test_rollout_builds_no_graph():
     batch = ppo.rollout(envs, policy, obs, done, 2)
     assert grad_enabled == [False, False] and not any(x.requires_grad for x in batch)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("env_id", ["Counter-v0", "MatrixAction-v0"])
+@pytest.mark.parametrize("name", STEP_FAMILY)
+def test_what_a_rollout_returns_can_be_differentiated_through_a_policy(name, env_id, num_steps):
+    """Actions are sampled in inference mode, whose tensors autograd refuses."""
+    script = importlib.import_module(name)
+    envs, _, obs, done = start(env_id)
+    policy = script.Policy(envs.single_observation_space, envs.single_action_space)
+    for _ in range(2):  # the second starts from what the first returned
+        batch = script.rollout(envs, policy, obs, done, num_steps)
+        assert not any(x.is_inference() for x in batch)
+        policy.zero_grad()
+        policy(batch[0][:-1]).log_prob(batch[1]).sum().backward()
+        assert all(x.grad.isfinite().all() for x in policy.parameters())
+        assert policy.net[-1].bias.grad.abs().max() > 0
+        obs, done = batch[0][-1], batch[4][-1]
 
 
 @pytest.mark.parametrize("normalize_rewards", [False, True])
