@@ -144,7 +144,8 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_coef):
 
 def kl_penalty_loss(logprobs, old_logprobs, advantages, kl, kl_coef):
     """-E_t[ rho_t A_t ] + beta KL(pi_old || pi)  (PPO, equation 8); (B,), (B,), (B,), (), float -> ()"""
-    return kl_coef * kl - ((logprobs - old_logprobs).exp() * advantages).mean()
+    ratio = (logprobs - old_logprobs).clamp(max=20).exp()  # an overflow would be stronger than any penalty
+    return kl_coef * kl - (ratio * advantages).mean()
 
 
 def update_kl_coef(kl_coef, kl, target_kl, rule, learning_rate):
