@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = Path(ROOT, "docs/derivations.md").read_text()
 TESTS = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", TEXT)))
+SCRIPTS = [path.name for path in ROOT.glob("*.py")]
 FUNCTIONS = sorted(set(re.findall(r"`(\w+\.py): (\w+)`", TEXT)))
 
 
@@ -47,7 +48,7 @@ def test_every_file_in_backticks_exists():
 
 
 def test_every_function_of_the_algorithms_is_in_derivations():
-    for script in ("reinforce.py", "reinforce_baseline.py", "offpolicy_is.py", "ppo.py"):
+    for script in SCRIPTS:
         source = Path(ROOT, script).read_text()
         algorithm = re.search(r"-{70} the algorithm\n(.*?)\n# -{70}", source, re.DOTALL).group(1)
         for name in re.findall(r"^(?:def|class) (\w+)", algorithm, re.MULTILINE):

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-SCRIPTS = ["reinforce", "reinforce_baseline", "offpolicy_is", "vpg_gae", "ppo"]
+SCRIPTS = ["reinforce", "reinforce_baseline", "offpolicy_is", "vpg_gae", "npg", "trpo", "ppo"]
 
 
 class Spaces(gym.Env):
@@ -60,6 +60,16 @@ BAD = [
     ("gamma", 1.01, "at most 1"),
     ("gamma", math.inf, "gamma"),
     ("gae_lambda", 1.01, "at most 1"),
+    ("max_kl", 0.0, "above 0"),
+    ("backtrack_coef", 0.0, "above 0"),
+    ("backtrack_coef", 1.01, "at most 1"),
+    ("damping", -0.1, "at least 0"),
+    ("cg_tol", -1e-9, "at least 0"),
+    ("fisher_subsample", 0.0, "above 0"),
+    ("fisher_subsample", 1.01, "at most 1"),
+    ("kl_coef", -1.0, "at least 0"),
+    ("kl_learning_rate", 0.0, "above 0"),
+    ("target_kl", 0.0, "above 0"),
     ("num_minibatches", 3, "divide a batch of 32"),
     ("num_minibatches", 64, "divide a batch of 32"),
     ("total_timesteps", 1, "one iteration"),

@@ -282,7 +282,7 @@ def test_an_update_with_a_kl_penalty_stays_finite(space, rule):
 
 
 def test_a_ratio_beyond_all_floats_is_left_to_the_penalty():
-    """A narrow Gaussian that Adam moves by hundreds of its deviations: the ratio overflows, the KL does not."""
+    """A narrow Gaussian that Adam moves by many of its deviations: the ratio overflows, the KL does not."""
     torch.manual_seed(0)
     policy = ppo.Policy(OBS_SPACE, Box(-1, 1, (2,)), math.exp(-6))
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-5)
