@@ -29,7 +29,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPTS = ["vpg_gae", "ppo"]  # the episode family: test_episode_rollout.py
+SCRIPTS = ["vpg_gae", "npg", "trpo", "ppo"]  # the episode family: test_episode_rollout.py
 ALL = ["reinforce", "reinforce_baseline", "offpolicy_is", "vpg_gae", "npg", "trpo", "ppo"]  # test_a3c.py
 PROCESSES = ["ppo"]  # in processes of their own; `# ---- running` is the same text in every script
 TIMES = {"seconds", "steps_per_second"}
