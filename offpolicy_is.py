@@ -65,7 +65,7 @@ class Args:
     """auto: the environment's own vector version where it has one, else sync; async: one process each"""
     gamma: float = 0.995
     """discount factor"""
-    estimator: Literal["trajectory", "causal", "no-future", "per-step"] = "per-step"
+    estimator: Literal["trajectory", "causal", "no-future", "per-step"] = "trajectory"
     """which importance ratios weight the credit of an action"""
     num_updates: int = 4
     """K, gradient steps per iteration"""
@@ -73,9 +73,9 @@ class Args:
     """M, the latest batches that each step is taken on, whatever policies collected them"""
     min_ess: float = 0.5
     """no further step on a batch once the effective sample size of its episodes is below this share of N"""
-    normalize_weights: bool = False
+    normalize_weights: bool = True
     """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     """policy learning rate"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to 0 at total_timesteps"""
