@@ -376,8 +376,13 @@ def check_args(args):
         refuse(f"--total-timesteps {args.total_timesteps}: one iteration takes {batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: not available")
-    if args.resume and load_args(args.resume).env_id != args.env_id:
-        refuse(f"--env-id {args.env_id}: --resume {args.resume} was trained on another")
+    one_weight = args.num_envs == 1 and getattr(args, "estimator", None) in ("total", "trajectory")
+    if one_weight and args.normalize_weights:
+        refuse(f"--num-envs 1: --estimator {args.estimator} has one weight per episode, normalized it is 0")
+    for name in ("env_id", "objective", "baseline") if args.resume else ():
+        if getattr(load_args(args.resume), name, None) != getattr(args, name, None):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            refuse(f"{flag}: --resume {args.resume} was trained with another")
 
 
 def load_args(run_dir):
@@ -392,7 +397,10 @@ def load_args(run_dir):
         or not Path(run_dir, "checkpoint.pt").exists()
     ):
         refuse(f"--resume {run_dir}: not a run of {SCRIPT}.py")
-    return Args(**{**saved, "resume": str(run_dir)})
+    try:
+        return Args(**{**saved, "resume": str(run_dir)})
+    except TypeError as error:
+        refuse(f"--resume {run_dir}: of another version of {SCRIPT}.py: {error}")
 
 
 class Run:
@@ -482,6 +490,8 @@ class Run:
         state["reward_rms"] = {name: float(value) for name, value in self.reward_rms.items()}
         state["episode_returns"] = torch.tensor(self.episode_returns, dtype=torch.float64)
         state["rng"] = torch.get_rng_state()
+        if self.args.device == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
         with open(Path(self.dir, "checkpoint.tmp"), "wb") as file:
             torch.save(state, file)
         Path(file.name).replace(Path(self.dir, "checkpoint.pt"))
@@ -499,6 +509,8 @@ class Run:
         self.reward_rms.update(state["reward_rms"])
         self.episode_returns.extend(state["episode_returns"].tolist())
         torch.set_rng_state(state["rng"].cpu())
+        if self.args.device == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
 
 
 # ---------------------------------------------------------------------------- training

@@ -47,7 +47,7 @@ class Args:
     commands: Path = HERE / "commands.ini"
     """order, groups and thresholds of the environments"""
     published: Path = HERE / "published.csv"
-    """best published scores, and those of random actions"""
+    """published scores, and those of random actions"""
 
 
 # ---------------------------------------------------------------------------- data
@@ -98,7 +98,7 @@ def steps_to(threshold, group):
 
 
 def normalize(scores, env_id, published):
-    """0 is the return of random actions, 1 the best published score of any of the algorithms."""
+    """0 is the return of random actions, 1 the highest score in published.csv."""
     known = {algorithm: float(row["score"]) for (e, algorithm), row in published.items() if e == env_id}
     zero = known.pop("random")
     return (scores - zero) / (max(known.values()) - zero)
@@ -213,10 +213,12 @@ def long_table(runs, published):
     return markdown(head.split(","), rows)
 
 
-def ablation_table(folder, env_ids):
+def ablation_table(folder, env_ids, remarks):
+    """All variants; what is odd about them is added to the remarks."""
     rows = []
     for variant in sorted({path.parents[1] for path in folder.rglob("*__*.json")}):
-        name, (runs, _) = str(variant.relative_to(folder)), load(variant, env_ids)
+        name, (runs, odd) = str(variant.relative_to(folder)), load(variant, env_ids)
+        remarks += [f"{name}: {line}" for line in odd]
         for env_id, script, group in ((e, x, group) for e in runs for x, group in runs[e].items()):
             seeds, flags = seeds_and_flags(group)
             rows.append([env_id, script, name, spread(final_returns(group)), seeds, flags])
@@ -328,7 +330,9 @@ def plot_profile(runs, published, path):
     for script in scripts if env_ids else ():
         strata = [normalize(final_returns(runs[e][script]), e, published) for e in env_ids]
         draw(ax, taus, profile(strata, taus), script, bootstrap(strata, lambda draw: profile(draw, taus)))
-    ax.set(xlabel="τ: 0 is random actions, 1 the best published score", ylabel="share of runs at τ or above")
+    ax.set(
+        xlabel="τ: 0 is random actions, 1 the highest published score", ylabel="share of runs at τ or above"
+    )
     save(figure, f"Performance profile over {len(env_ids)} environments, 95% interval", path)
 
 
@@ -336,8 +340,8 @@ def plot_profile(runs, published, path):
 
 FINAL = """\
 Mean ± sample standard deviation over seeds (how many) of the mean return of the last 100 training episodes,
-at the budget of steps in the head; after the semicolon the best published score of the algorithm, perhaps at
-another budget. Bold: not below it.
+at the budget of steps in the head; after the semicolon a published score of the algorithm, perhaps at another
+budget. Bold: not below it.
 """
 EFFICIENCY = """\
 Median steps until the mean of 100 episodes reaches the return in the head (how many seeds do):
@@ -369,7 +373,7 @@ def main(args):
         "Final returns": final,
         "Sample efficiency": efficiency,
         "All numbers": long_table(runs, published),
-        "Ablations": ablation_table(args.results / "ablations", settings.sections()),
+        "Ablations": ablation_table(args.results / "ablations", settings.sections(), remarks),
         "Machine, versions, commits": conditions(runs),
         "Remarks": "".join(f"- {line}\n" for line in remarks),
     }

@@ -4,8 +4,8 @@
     python benchmarks/speed.py --scripts a3c_nstep --presets workers
 
 Ours and theirs alternate, each in a process of its own with one torch thread. Only the training loop is
-timed, without imports and construction. With its own defaults a script is measured alone. For a3c_nstep.py
-the other side can be itself with one worker.
+timed, without imports and construction (for a3c_nstep.py with those of its workers). With its own defaults a
+script is measured alone. For a3c_nstep.py the other side can be itself with one worker.
 """
 
 import csv

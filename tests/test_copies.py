@@ -123,6 +123,18 @@ def test_copies_are_identical(name):
     assert len(scripts_of) <= 1, f"{name} differs between {list(scripts_of.values())}"
 
 
+OTHER_COPIES = [  # of names that stand for something else in other files
+    ("policy_loss", ["vpg_gae.py", "npg.py", "a3c_nstep.py"]),
+    ("update_policy", ["vpg_gae.py", "a3c_nstep.py"]),
+    ("update_value", [*STEP, "a3c_nstep.py"]),
+]
+
+
+@pytest.mark.parametrize("name, scripts", OTHER_COPIES)
+def test_copies_of_what_differs_elsewhere(name, scripts):
+    assert len({definitions(read(script))[name] for script in scripts}) == 1
+
+
 def test_every_name_of_two_scripts_is_in_the_table_or_different_on_purpose():
     scripts_of = defaultdict(set)
     for script in SCRIPTS:

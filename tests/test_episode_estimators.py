@@ -493,6 +493,16 @@ def test_the_first_of_several_updates_is_on_policy_and_the_next_are_weighted():
     assert (weights - compute_returns(rewards, 1.0)).abs().max() > 0.1
 
 
+def test_equal_weights_are_a_full_sample_whatever_the_rounding():
+    N = 2982  # in float32 2 log N - log N is not log N
+    assert effective_sample_size(torch.zeros(N)) < N - 1e-3
+    policy = offpolicy_is.Policy(Box(-1, 1, (1,)), Discrete(2))
+    obs, actions = torch.zeros(1, N, 1), torch.arange(N)[None] % 2
+    batch = obs, actions, actions.float(), actions >= 0, policy(obs).log_prob(actions).detach()
+    changes = dict(min_ess=1.0, num_updates=1, estimator="per-step", normalize_weights=True)
+    assert sgd_step(offpolicy_is, policy, "update_policy", [batch], **changes).norm() > 1e-3
+
+
 def test_several_batches_are_averaged_each_with_the_ratios_to_its_own_policy():
     policy, columns = policy_of(FULL), [3, 100, 200, 300, 600]
     samplers = [policy_of(FULL, 1), policy_of(FULL, 2), moved(policy, policy.theta.detach(), 0.0)]

@@ -211,6 +211,9 @@ def test_a_folder_that_cannot_be_resumed_is_refused_and_left_alone(command, fini
         "other_script": lambda folder: (folder / args.name).write_text(
             args.read_text().replace(f'"{name}"', '"sac"')
         ),
+        "other_version": lambda folder: (folder / args.name).write_text(
+            args.read_text().replace('"gamma"', '"discount"')
+        ),
     }
     for what, damage in broken.items():
         folder = tmp_path / what
@@ -239,6 +242,24 @@ def test_a_run_cannot_be_resumed_in_another_environment(command, finished, name)
         code, out, err = command(name, "--resume", run_dir, "--total-timesteps", 128, "--env-id", env_id)
         assert (code, out) == (2, "") and one_line(name, err)
         assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    "name, flags", [("ppo", ["--objective", "kl-penalty"]), ("reinforce_baseline", ["--baseline", "none"])]
+)
+def test_a_run_cannot_be_resumed_with_other_columns(command, finished, name, flags):
+    run_dir = finished(name)
+    before = contents(run_dir)
+    code, out, err = command(name, "--resume", run_dir, "--total-timesteps", 128, *flags)
+    assert (code, out) == (2, "") and " ".join(flags) in one_line(name, err)
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("name, estimator", [("reinforce", "total"), ("offpolicy_is", "trajectory")])
+def test_one_weight_cannot_be_normalized(tmp_path, name, estimator):
+    changes = dict(estimator=estimator, num_envs=1, runs_dir=str(tmp_path / "runs"))
+    assert "--num-envs 1" in refusal(name, **changes, normalize_weights=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
