@@ -36,7 +36,7 @@ LEARNED = [  # script, other arguments, environment, steps, threshold of the mea
     ("trpo", {}, "CartPole-v1", 60_000, 80),  # 149 191 325 362 391 391 397 403
     ("ppo", {}, "CartPole-v1", 40_000, 200),  # 272 282 282 284 296 301 305 306
     ("ppo", KL, "CartPole-v1", 40_000, 200),  # 273 279 288 292 310 310 316 336
-    ("a3c_nstep", ONE, "CartPole-v1", 25_000, 180),  # 237 239 243 244 245 245 248 258
+    ("a3c_nstep", ONE, "CartPole-v1", 14_000, 90),  # 132 136 141 145 150 152 181 183
     ("reinforce", {}, "Copy-v0", 15_000, -0.58),  # -0.493 -0.409 -0.408 -0.3 -0.234 -0.219 -0.208 -0.142
     ("npg", {}, "Copy-v0", 8_000, -0.3),  # -0.155 -0.132 -0.127 -0.125 -0.123 -0.121 -0.114 -0.0954
     ("trpo", {}, "Copy-v0", 8_000, -0.35),  # -0.226 -0.186 -0.177 -0.177 -0.173 -0.164 -0.159 -0.132
@@ -47,11 +47,11 @@ LEARNED = [  # script, other arguments, environment, steps, threshold of the mea
 
 
 def learn(name, changes, env_id, steps, runs_dir="runs", seed=1):
-    """The mean return of the first and of the last 100 episodes."""
+    """The mean return of the first 20 and of the last 100 episodes."""
     script = importlib.import_module(name)
     args = script.Args(env_id=env_id, seed=seed, total_timesteps=steps, runs_dir=str(runs_dir), **changes)
     returns = script.train(args).episode_returns
-    return np.mean(returns[:100]), np.mean(returns[-100:])
+    return np.mean(returns[:20]), np.mean(returns[-100:])
 
 
 @pytest.mark.parametrize("name, changes, env_id, steps, threshold", LEARNED)
