@@ -333,7 +333,8 @@ def plot_profile(runs, published, path):
     ax.set(
         xlabel="τ: 0 is random actions, 1 the highest published score", ylabel="share of runs at τ or above"
     )
-    save(figure, f"Performance profile over {len(env_ids)} environments, 95% interval", path)
+    over = ", ".join(env_ids) if len(env_ids) < 4 else f"{len(env_ids)} environments"
+    save(figure, f"Performance profile over {over}; 95% interval", path)
 
 
 # ---------------------------------------------------------------------------- files
