@@ -622,6 +622,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_st
 def test_weights_that_are_not_finite_stop_the_run_and_are_not_saved(script, tmp_path, field):
     if not hasattr(script.Args, field):
         pytest.skip(f"no {field}")
+    if field == "learning_rate" and hasattr(script.Args, "max_kl"):
+        pytest.skip("a step that leaves the trust region is undone: test_trust_region_updates.py")
     sizes = {"num_minibatches": 1, "update_epochs": 1, "value_epochs": 1}
     with pytest.raises(FloatingPointError):
         script.train(tiny(script, tmp_path, **sizes, **{field: math.inf}))
