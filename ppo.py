@@ -11,7 +11,7 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", arXiv:150
 
     python ppo.py --env-id CartPole-v1
 
-Diff it with vpg_gae.py to see the ratio, the clip and the epochs.
+Diff it with vpg_gae.py to see the ratio, the clip, the penalty and the epochs.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -172,7 +172,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 def update_policy(policy, optimizer, obs, actions, advantages, args):
     """K epochs of minibatch ascent on the objective; returns what to log."""
-    clip, old_policy = args.objective == "clip", copy.deepcopy(policy).requires_grad_(False)
+    clip = args.objective == "clip"
+    old_policy = None if clip else copy.deepcopy(policy).requires_grad_(False)
     with torch.no_grad():
         old_dist = policy(obs)
         old_logprobs = old_dist.log_prob(actions)
@@ -193,8 +194,9 @@ def update_policy(policy, optimizer, obs, actions, advantages, args):
     with torch.no_grad():
         dist = policy(obs)
         ratio, kl = (dist.log_prob(actions) - old_logprobs).exp(), kl_divergence(old_dist, dist).mean()
-    rule = args.target_kl or 0.01, args.kl_rule, args.kl_learning_rate
-    optimizer.param_groups[0]["kl_coef"] = update_kl_coef(beta, kl.item(), *rule)
+    if not clip:
+        rule = args.target_kl or 0.01, args.kl_rule, args.kl_learning_rate
+        optimizer.param_groups[0]["kl_coef"] = update_kl_coef(beta, kl.item(), *rule)
     clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
     metrics = {"policy_loss": loss.detach(), "entropy": dist.entropy().mean()}
     return metrics | {"kl": kl, "clip_fraction": clip_fraction} | ({} if clip else {"kl_coef": beta})
