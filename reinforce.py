@@ -10,7 +10,7 @@ Williams 1992, "Simple Statistical Gradient-Following Algorithms". Sutton and Ba
 
     python reinforce.py --env-id CartPole-v1
 
-Diff it with reinforce_baseline.py to see the baselines, with offpolicy_is.py to see importance weights.
+Diff it with the others of whole episodes: reinforce.py, reinforce_baseline.py, offpolicy_is.py.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -441,10 +441,10 @@ def train(args):
 
             obs, _ = reset(envs, args, run.iteration)
             obs, actions, rewards, valid = rollout_episodes(envs, policy, obs, args.max_episode_steps)
-            returns = (total_returns if args.estimator == "total" else compute_returns)(rewards, args.gamma)
+            weights = (total_returns if args.estimator == "total" else compute_returns)(rewards, args.gamma)
 
             # (T, N, ...) -> (B, ...), dropping the steps after the end of an episode
-            b_obs, b_actions, b_weights = obs[valid], actions[valid], returns[valid]
+            b_obs, b_actions, b_weights = obs[valid], actions[valid], weights[valid]
             if args.normalize_weights:
                 b_weights = normalize(b_weights)
             metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_weights, args)

@@ -11,7 +11,7 @@ Greensmith et al. 2004, "Variance Reduction Techniques for Gradient Estimates". 
 
     python reinforce_baseline.py --env-id CartPole-v1
 
-Diff it with reinforce.py to see the baselines.
+Diff it with the others of whole episodes: reinforce.py, reinforce_baseline.py, offpolicy_is.py.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -59,7 +59,7 @@ class Args:
     gamma: float = 0.995
     """discount factor"""
     baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"
-    """b: 0, mean G_0 of all or of the other episodes, mean G_t, one for each parameter (of G_0), or V(s_t)"""
+    """b: 0, mean G_0 of all or of the other episodes, mean G_t, one per parameter (of G_0), or V(s_t, t)"""
     normalize_weights: bool = False
     """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""
     learning_rate: float = 1e-2
@@ -68,7 +68,7 @@ class Args:
     """value function learning rate"""
     value_epochs: int = 4
     """passes of the value function over each batch"""
-    num_minibatches: int = 32
+    num_minibatches: int = 4
     """minibatches per pass of the value function"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to 0 at total_timesteps"""
@@ -177,7 +177,7 @@ def optimal_update(policy, optimizer, obs, actions, valid, returns, args):
 
 
 def update_value(value, optimizer, obs, returns, args):
-    """Regress V(s_t) on the returns; returns what to log."""
+    """Regress V(s_t, t) on the returns; returns what to log."""
     with torch.no_grad():
         error = returns - value(obs)
         explained_variance = 1 - error.var(correction=0) / (returns.var(correction=0) + 1e-8)
@@ -501,11 +501,13 @@ def train(args):
     torch.set_num_threads(args.torch_threads)
     envs = make_envs(args)
     policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std).to(args.device)
-    value = Value(envs.single_observation_space).to(args.device)
+    time_space = gym.spaces.Box(0, np.inf, (1,))  # the horizon is finite: V depends on the time
+    value = Value(gym.spaces.Tuple([envs.single_observation_space, time_space])).to(args.device)
+    return_norm = RunningNorm(1).to(args.device)  # V is fitted to normalized returns
     policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
     modules = dict(policy=policy, policy_optimizer=policy_optimizer)
-    modules |= dict(value=value, value_optimizer=value_optimizer)
+    modules |= dict(value=value, value_optimizer=value_optimizer, return_norm=return_norm)
 
     with Run(args, envs, [], **modules) as run:
         while run.step < args.total_timesteps and not run.interrupted:
@@ -516,12 +518,12 @@ def train(args):
             obs, _ = reset(envs, args, run.iteration)
             obs, actions, rewards, valid = rollout_episodes(envs, policy, obs, args.max_episode_steps)
             returns = compute_returns(rewards, args.gamma)
+            timed_obs = torch.cat([obs, torch.ones_like(obs[..., :1]).cumsum(0)], -1)  # (T, N, O+1)
+            values = value(timed_obs).detach() * return_norm.var.sqrt() + return_norm.mean
+            weights = returns - compute_baseline(args.baseline, returns, valid, values)
 
             # (T, N, ...) -> (B, ...), dropping the steps after the end of an episode
-            b_obs, b_actions, b_returns = obs[valid], actions[valid], returns[valid]
-            b_weights = (returns - compute_baseline(args.baseline, returns, valid, value(obs).detach()))[
-                valid
-            ]
+            b_obs, b_actions, b_weights = obs[valid], actions[valid], weights[valid]
             if args.normalize_weights:
                 b_weights = normalize(b_weights)
             if args.baseline == "optimal":
@@ -529,8 +531,10 @@ def train(args):
             else:
                 metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_weights, args)
             if args.baseline == "value":
-                metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
-            value.net[0].update(b_obs)
+                b_obs_t, b_returns = timed_obs[valid], returns[valid]
+                return_norm.update(b_returns[:, None])
+                metrics |= update_value(value, value_optimizer, b_obs_t, return_norm(b_returns), args)
+                value.net[0].update(b_obs_t)
             policy.net[0].update(b_obs)
             run.episode_returns += rewards.sum(0).tolist()
             run.log(len(b_obs), metrics)

@@ -335,19 +335,49 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, changes,
 
 
 def test_the_value_baseline_is_that_of_before_its_fit_to_the_batch(tmp_path, monkeypatch):
-    """An action must not be in its own baseline: V is fitted to a batch after the batch was used."""
-    updates, before = record(monkeypatch, reinforce_baseline, "update_policy"), []
-    fit = reinforce_baseline.update_value
+    """An action must not be in its own baseline: V and its scale come from the batches before."""
+    updates, fits = record(monkeypatch, reinforce_baseline, "update_policy"), []
+    batches, fit = record(monkeypatch, reinforce_baseline, "compute_baseline"), reinforce_baseline.update_value
 
     def look(value, optimizer, obs, returns, args):
-        before.append(returns - value(obs).detach())
+        fits.append((value(obs).detach(), returns))
         return fit(value, optimizer, obs, returns, args)
 
     monkeypatch.setattr(reinforce_baseline, "update_value", look)
     train("reinforce_baseline", tmp_path, baseline="value", num_minibatches=4, total_timesteps=300)
-    assert len(updates) == len(before) > 2
-    for ((_, _, _, _, weights, _), _), expected in zip(updates, before):
-        torch.testing.assert_close(weights, expected)
+    assert len(updates) == len(batches) == len(fits) > 2
+    seen, mean, std = torch.empty(0), 0.0, 1.0
+    for ((*_, weights, _), _), ((_, returns, valid, _), _), (values, targets) in zip(updates, batches, fits):
+        torch.testing.assert_close(weights, returns[valid] - (values * std + mean), rtol=1e-3, atol=1e-3)
+        seen = torch.cat([seen, returns[valid]])
+        mean, std = seen.mean(), seen.std(correction=0)
+        torch.testing.assert_close(targets, (returns[valid] - mean) / std, rtol=1e-3, atol=1e-3)
+
+
+class Clock(gym.Env):
+    """Eight steps of reward 100 under a constant observation: only the time tells what is left."""
+
+    observation_space, action_space = Box(-1, 1, (1,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(1, np.float32), 100.0, False, self.t == 8, {}
+
+
+gym.register("Clock-v0", Clock, disable_env_checker=True)
+
+
+def test_the_value_baseline_knows_the_time(tmp_path, monkeypatch):
+    """The horizon is finite: V(s_t, t) explains a return that depends on nothing but the time left."""
+    updates = record(monkeypatch, reinforce_baseline, "update_policy")
+    sizes = dict(num_envs=4, num_minibatches=4, gamma=1.0, total_timesteps=3200)
+    train("reinforce_baseline", tmp_path, env_id="Clock-v0", baseline="value", **sizes)
+    first, last = (weights.abs().mean() for (*_, weights, _), _ in (updates[0], updates[-1]))
+    assert first > 400 and last < 20
 
 
 def test_normalized_weights_have_zero_mean_and_unit_deviation(tmp_path, monkeypatch):
