@@ -72,7 +72,7 @@ def test_what_the_figure_says_of_importance_weights():
         bias = values("tabular", "squared_bias", drift)
         assert bias["trajectory"] == bias["causal"] == 0 < bias["no-future"] < bias["per-step"]
     growth = [values("cartpole", "relative_error", drift)["trajectory"] for drift in (1e-4, 1e-3, 1e-2)]
-    assert growth[2] / growth[1] > 5 * growth[1] / growth[0]
+    assert growth[2] / growth[1] > 1.5 * growth[1] / growth[0]  # faster than a power of the drift
 
 
 def test_the_policy_is_half_way_and_the_drifts_leave_ever_fewer_effective_episodes():
