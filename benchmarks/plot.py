@@ -175,11 +175,16 @@ def final_table(runs, settings, published):
     return by_group(runs, settings, head, cell)
 
 
+def median_steps(threshold, group):
+    """The median of steps_to, or - where it is not finite, and how many seeds get there."""
+    steps = steps_to(float(threshold), group)
+    half = f"{median(steps):,.0f}" if np.isfinite(median(steps)) else "-"
+    return f"{half} ({np.isfinite(steps).sum()} of {len(steps)})"
+
+
 def efficiency_table(runs, settings):
     def cell(env_id, script, group):
-        steps = steps_to(settings[env_id].getfloat("threshold"), group)
-        half = f"{median(steps):,.0f}" if np.isfinite(median(steps)) else "-"
-        return f"{half} ({np.isfinite(steps).sum()} of {len(steps)})"
+        return median_steps(settings[env_id]["threshold"], group)
 
     return by_group(runs, settings, lambda env_id: f"{env_id}, {settings[env_id]['threshold']}", cell)
 
@@ -213,17 +218,20 @@ def long_table(runs, published):
     return markdown(head.split(","), rows)
 
 
-def ablation_table(folder, env_ids, remarks):
+def ablation_table(folder, settings, remarks):
     """All variants; what is odd about them is added to the remarks."""
-    rows = []
+    rows, env_ids = [], settings.sections()
     for variant in sorted({path.parents[1] for path in folder.rglob("*__*.json")}):
         name, (runs, odd) = str(variant.relative_to(folder)), load(variant, env_ids)
         remarks += [f"{name}: {line}" for line in odd]
         for env_id, script, group in ((e, x, group) for e in runs for x, group in runs[e].items()):
             seeds, flags = seeds_and_flags(group)
-            rows.append([env_id, script, name, spread(final_returns(group)), seeds, flags])
+            threshold = settings[env_id]["threshold"]
+            steps = f"{threshold}: {median_steps(threshold, group)}"
+            rows.append([env_id, script, name, spread(final_returns(group)), steps, seeds, flags])
     rows.sort(key=lambda row: (env_ids.index(row[0]), row))
-    return rows and markdown("environment,script,variant,mean ± std,seeds,flags".split(","), rows)
+    head = "environment,script,variant,mean ± std,median steps to a return,seeds,flags".split(",")
+    return rows and markdown(head, rows)
 
 
 def conditions(runs):
@@ -374,7 +382,7 @@ def main(args):
         "Final returns": final,
         "Sample efficiency": efficiency,
         "All numbers": long_table(runs, published),
-        "Ablations": ablation_table(args.results / "ablations", settings.sections(), remarks),
+        "Ablations": ablation_table(args.results / "ablations", settings, remarks),
         "Machine, versions, commits": conditions(runs),
         "Remarks": "".join(f"- {line}\n" for line in remarks),
     }

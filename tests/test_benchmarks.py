@@ -157,7 +157,7 @@ def test_tables_and_figures_are_what_the_data_say(sample, capsys, monkeypatch):
     assert cartpole_steps["`ppo.py`", "CartPole-v1, 50"] == half
     assert hopper_steps["`trpo.py`", "Hopper-v5, 90"].endswith(" of 3)")
 
-    assert "| CartPole-v1 | ppo | lr | 77.0 (1) | 101 | `--learning-rate 1` |" in text
+    assert "| CartPole-v1 | ppo | lr | 77.0 (1) | 50: 2,000 (1 of 1) | 101 | `--learning-rate 1` |" in text
     assert "vpg_gae.py Hopper-v5 seed 4 is left out" in text
     assert "- lr: ppo.py CartPole-v1 seed 102 is left out: x" in text
     assert "- commit 0123456789: 16 runs" in text
