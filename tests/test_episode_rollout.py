@@ -336,11 +336,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, changes,
 
 def test_the_value_baseline_is_that_of_before_its_fit_to_the_batch(tmp_path, monkeypatch):
     """An action must not be in its own baseline: V and its scale come from the batches before."""
-    updates, fits = record(monkeypatch, reinforce_baseline, "update_policy"), []
-    batches, fit = (
-        record(monkeypatch, reinforce_baseline, "compute_baseline"),
-        reinforce_baseline.update_value,
-    )
+    updates = record(monkeypatch, reinforce_baseline, "update_policy")
+    batches = record(monkeypatch, reinforce_baseline, "compute_baseline")
+    fits, fit = [], reinforce_baseline.update_value
 
     def look(value, optimizer, obs, returns, args):
         fits.append((value(obs).detach(), returns))
