@@ -18,7 +18,7 @@ Precup et al. 2000, "Eligibility Traces for Off-Policy Policy Evaluation". Levin
 
     python offpolicy_is.py --env-id CartPole-v1
 
-Diff it with the others of whole episodes: reinforce.py, reinforce_baseline.py, offpolicy_is.py.
+Diff it with reinforce.py to see the importance weights and the re-use of a batch.
 """
 # /// script
 # requires-python = ">=3.10"

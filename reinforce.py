@@ -10,7 +10,7 @@ Williams 1992, "Simple Statistical Gradient-Following Algorithms". Sutton and Ba
 
     python reinforce.py --env-id CartPole-v1
 
-Diff it with the others of whole episodes: reinforce.py, reinforce_baseline.py, offpolicy_is.py.
+Diff it with reinforce_baseline.py to see the baselines, with offpolicy_is.py to see importance weights.
 """
 # /// script
 # requires-python = ">=3.10"

@@ -11,7 +11,7 @@ Greensmith et al. 2004, "Variance Reduction Techniques for Gradient Estimates". 
 
     python reinforce_baseline.py --env-id CartPole-v1
 
-Diff it with the others of whole episodes: reinforce.py, reinforce_baseline.py, offpolicy_is.py.
+Diff it with reinforce.py to see the baselines.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -501,8 +501,7 @@ def train(args):
     torch.set_num_threads(args.torch_threads)
     envs = make_envs(args)
     policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std).to(args.device)
-    time_space = gym.spaces.Box(0, np.inf, (1,))  # the horizon is finite: V depends on the time
-    value = Value(gym.spaces.Tuple([envs.single_observation_space, time_space])).to(args.device)
+    value = Value(gym.spaces.Tuple([envs.single_observation_space, gym.spaces.Box(1, 1e9)])).to(args.device)
     return_norm = RunningNorm(1).to(args.device)  # V is fitted to normalized returns
     policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
@@ -518,8 +517,8 @@ def train(args):
             obs, _ = reset(envs, args, run.iteration)
             obs, actions, rewards, valid = rollout_episodes(envs, policy, obs, args.max_episode_steps)
             returns = compute_returns(rewards, args.gamma)
-            timed_obs = torch.cat([obs, torch.ones_like(obs[..., :1]).cumsum(0)], -1)  # (T, N, O+1)
-            values = value(timed_obs).detach() * return_norm.var.sqrt() + return_norm.mean
+            timed = torch.cat([obs, torch.ones_like(obs[..., :1]).cumsum(0)], -1)  # (T, N, O+1): V(s, t)
+            values = value(timed).detach() * return_norm.var.sqrt() + return_norm.mean
             weights = returns - compute_baseline(args.baseline, returns, valid, values)
 
             # (T, N, ...) -> (B, ...), dropping the steps after the end of an episode
@@ -531,10 +530,10 @@ def train(args):
             else:
                 metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_weights, args)
             if args.baseline == "value":
-                b_obs_t, b_returns = timed_obs[valid], returns[valid]
-                return_norm.update(b_returns[:, None])
-                metrics |= update_value(value, value_optimizer, b_obs_t, return_norm(b_returns), args)
-                value.net[0].update(b_obs_t)
+                return_norm.update(returns[valid][:, None])
+                targets = return_norm(returns[valid])
+                metrics |= update_value(value, value_optimizer, timed[valid], targets, args)
+                value.net[0].update(timed[valid])
             policy.net[0].update(b_obs)
             run.episode_returns += rewards.sum(0).tolist()
             run.log(len(b_obs), metrics)

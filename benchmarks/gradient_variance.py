@@ -47,6 +47,7 @@ BATCH = 16
 BASELINES = ("mean", "leave-one-out", "time", "value")
 ON_POLICY = ("total", "reward-to-go", *BASELINES, "optimal")
 OFF_POLICY = ("trajectory", "causal", "no-future", "per-step")
+BIASED = ("no-future", "per-step")
 COLUMNS = ("setting", "estimator", "drift", "quantity", "value", "standard_error")
 
 
@@ -253,7 +254,7 @@ def plot(rows, path):
             ax.errorbar(drift[known], error, 2 * deviation, fmt="o-", color=color, ms=5)
             label(ax, name, (drift[known][-1], error[-1]), color, 9)
             _, squared_bias, deviation = points(setting, name, "squared_bias")
-            seen = known & (squared_bias > np.maximum(2 * deviation, 1e-12))
+            seen = known & (squared_bias > np.maximum(2 * deviation, 1e-12)) & (name in BIASED)
             ax.plot(drift[seen], squared_bias[seen] ** 0.5, "o--", color=color, mfc="white", ms=5)
         ticks = [f"{x:g}\n{100 * y:.2g}%" if y < 0.995 else f"{x:g}\n100%" for x, y in zip(drift, share)]
         ax.set(xscale="log", yscale="log", title=title, xlim=(drift[0] / 1.5, drift[-1] * 15))
