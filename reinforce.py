@@ -141,10 +141,11 @@ class RunningNorm(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("scale", torch.ones(dim))  # 1 / std, stored because it is used at every step
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x):  # (..., dim) -> (..., dim)
-        return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+        return ((x - self.mean) * self.scale).clamp(-10, 10)
 
     def update(self, x):
         """Merge the mean and variance of a batch (B, dim) into the running ones (Chan et al. 1979)."""
@@ -152,6 +153,7 @@ class RunningNorm(nn.Module):
         share, delta = len(x) / self.count, x.mean(0) - self.mean
         self.mean += share * delta
         self.var.lerp_(x.var(0, correction=0) + (1 - share) * delta**2, share)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
 
 
 def mlp(in_dim, out_dim, out_gain):
@@ -249,7 +251,7 @@ def rollout_episodes(envs, policy, obs, max_episode_steps):
 # ---------------------------------------------------------------------------- running
 
 SCRIPT = Path(__file__).stem
-SAVE_EVERY = 1.0  # seconds; a checkpoint takes a few milliseconds, as much as a tenth of an iteration
+SAVE_EVERY = 5.0  # seconds; a checkpoint takes about ten milliseconds
 
 
 def refuse(message):
@@ -307,7 +309,7 @@ def load_args(run_dir):
 
 
 class Run:
-    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt, renewed every second.
+    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt, renewed every 5 s.
 
     episode_returns: the raw return of every episode, which train or a wrapper appends to.
     modules: everything with a state_dict that a resumed run needs, by name.
@@ -328,7 +330,7 @@ class Run:
         self.progress = open(Path(self.dir, "progress.csv"), "a")
         self.progress.truncate(self.progress_size)  # what came after the checkpoint is done again
         self.progress.seek(self.progress_size)
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1, max_queue=1000)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", disable=None)
         self.start = time.time() - self.seconds
 
@@ -407,8 +409,11 @@ class Run:
             setattr(self, name, state[name])
         if self.step >= self.args.total_timesteps:
             refuse(f"--total-timesteps {self.args.total_timesteps}: {self.step} are already done")
-        for name, module in self.modules.items():
-            module.load_state_dict(state[name])
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+        except (KeyError, RuntimeError):
+            refuse(f"--resume {self.dir}: of another version of {SCRIPT}.py")
         self.reward_rms.update(state["reward_rms"])
         self.episode_returns.extend(state["episode_returns"].tolist())
         torch.set_rng_state(state["rng"].cpu())

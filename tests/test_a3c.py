@@ -437,7 +437,7 @@ def assert_good(run_dir, last=False):
 
 
 def wait_for_a_save(process, runs_dir):
-    """Wait for a checkpoint after that of the start, which takes a second, and some rows more."""
+    """Wait for a checkpoint after that of the start, which takes 5 s, and some rows more."""
     run_dir = wait_for_rows(process, runs_dir, 1)
     iteration = wait_for(process, lambda: checkpoint(run_dir)["iteration"])
     return wait_for_rows(process, runs_dir, iteration + 2)

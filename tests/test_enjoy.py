@@ -178,6 +178,13 @@ def test_a_missing_or_torn_checkpoint_is_refused(trained, refusal, tmp_path):
     assert "checkpoint.pt" in refusal(tmp_path / "x")
 
 
+def test_weights_of_another_version_are_refused(trained, refusal, tmp_path):
+    run_dir = copy_with(
+        trained("CartPole-v1").run_dir, tmp_path / "x", policy={"net.9.weight": torch.zeros(1)}
+    )
+    assert "another version" in refusal(run_dir)
+
+
 def test_a_checkpoint_with_code_is_refused_and_not_run(trained, refusal, tmp_path):
     class Code:
         def __reduce__(self):

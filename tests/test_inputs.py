@@ -198,6 +198,13 @@ def test_cuda_is_refused_where_there_is_none(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+def edit_checkpoint(folder, edit):
+    """Change the state in a run folder's checkpoint."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    edit(state)
+    torch.save(state, folder / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_folder_that_cannot_be_resumed_is_refused_and_left_alone(command, finished, tmp_path, name):
     run_dir = finished(name)
@@ -214,13 +221,17 @@ def test_a_folder_that_cannot_be_resumed_is_refused_and_left_alone(command, fini
         "other_version": lambda folder: (folder / args.name).write_text(
             args.read_text().replace('"gamma"', '"discount"')
         ),
+        "other_networks": lambda folder: edit_checkpoint(
+            folder, lambda state: state["policy"].pop("net.0.mean")
+        ),
+        "other_modules": lambda folder: edit_checkpoint(folder, lambda state: state.pop("policy")),
     }
     for what, damage in broken.items():
         folder = tmp_path / what
         shutil.copytree(run_dir, folder)
         damage(folder)
         before = contents(tmp_path)
-        code, out, err = command(name, "--resume", folder, "--total-timesteps", 128)
+        code, out, err = command(name, "--resume", folder, "--total-timesteps", 512)
         assert (code, out) == (2, "") and f"--resume {folder}" in one_line(name, err)
         assert contents(tmp_path) == before
 

@@ -61,13 +61,13 @@ def test_norm_clips_at_10():
 def test_statistics_are_saved_with_the_weights_and_move_only_in_update(policy):
     policy.train()
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    assert {"net.0.mean", "net.0.var", "net.0.count"} <= set(before)
+    assert {"net.0.mean", "net.0.var", "net.0.scale", "net.0.count"} <= set(before)
     assert not any("net.0" in name for name, _ in policy.named_parameters())
     policy(torch.randn(20, 3))
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
     policy.net[0].update(torch.randn(20, 3))
     moved = {name for name, tensor in policy.state_dict().items() if not torch.equal(before[name], tensor)}
-    assert moved == {"net.0.mean", "net.0.var", "net.0.count"}
+    assert moved == {"net.0.mean", "net.0.var", "net.0.scale", "net.0.count"}
 
 
 @pytest.mark.parametrize("shape", LEADING_SHAPES)

@@ -118,7 +118,10 @@ def main(args):
     try:
         with closing(make_env(env_id, mode)) as env:
             policy = make_policy(env.observation_space, env.action_space)
-            policy.load_state_dict(weights)
+            try:
+                policy.load_state_dict(weights)
+            except RuntimeError:
+                refuse(f"{args.run_dir}: weights of another version of the script")
             torch.manual_seed(args.seed)
             returns = []
             for episode_return, length in play(env, policy, args):
