@@ -309,7 +309,7 @@ def load_args(run_dir):
 
 
 class Run:
-    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt, renewed every 5 s.
+    """A run folder: args.json, progress.csv, TensorBoard events, and checkpoint.pt, at most every 5 s.
 
     episode_returns: the raw return of every episode, which train or a wrapper appends to.
     modules: everything with a state_dict that a resumed run needs, by name.
@@ -390,6 +390,7 @@ class Run:
     def save(self):
         """Replace checkpoint.pt as a whole; loading it with weights_only=True runs no code."""
         self.progress_size = self.progress.tell()
+        self.writer.flush()
         state = {name: getattr(self, name) for name in ("step", "iteration", "seconds", "progress_size")}
         state |= {name: module.state_dict() for name, module in self.modules.items()}
         state["reward_rms"] = {name: float(value) for name, value in self.reward_rms.items()}
@@ -412,8 +413,8 @@ class Run:
         try:
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
-        except (KeyError, RuntimeError):
-            refuse(f"--resume {self.dir}: of another version of {SCRIPT}.py")
+        except (KeyError, RuntimeError, ValueError) as error:
+            refuse(f"--resume {self.dir}: of another version of {SCRIPT}.py: {error}")
         self.reward_rms.update(state["reward_rms"])
         self.episode_returns.extend(state["episode_returns"].tolist())
         torch.set_rng_state(state["rng"].cpu())

@@ -120,8 +120,8 @@ def main(args):
             policy = make_policy(env.observation_space, env.action_space)
             try:
                 policy.load_state_dict(weights)
-            except RuntimeError:
-                refuse(f"{args.run_dir}: weights of another version of the script")
+            except RuntimeError as error:
+                refuse(f"{args.run_dir}: weights of another version of the script: {error}")
             torch.manual_seed(args.seed)
             returns = []
             for episode_return, length in play(env, policy, args):
