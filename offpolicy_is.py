@@ -79,7 +79,7 @@ class Args:
     """policy learning rate"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to 0 at total_timesteps"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = float("inf")
     """longer gradients are scaled down to this"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
