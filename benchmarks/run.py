@@ -40,7 +40,7 @@ class Args:
     env_ids: tuple[str, ...] = ()
     """environments of the table; none are all"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """1 to 10 are for reporting, 101 to 110 for tuning"""
+    """1 to 10 are for reporting, those from 101 on for tuning"""
     jobs: int = 1
     """processes at a time, of one thread each; a3c_nstep.py has workers of its own"""
     variant: str = ""
