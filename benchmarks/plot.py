@@ -164,7 +164,7 @@ def final_table(runs, settings, published):
         ours, theirs = spread(final_returns(group)), published.get((env_id, script))
         if not theirs:
             return f"{ours}; -"
-        if mean(final_returns(group)) >= float(theirs["score"]):
+        if len(final_returns(group)) > 1 and mean(final_returns(group)) >= float(theirs["score"]):
             ours = f"**{ours}**"
         return f"{ours}; {theirs['score']}"
 
@@ -350,7 +350,7 @@ def plot_profile(runs, published, path):
 FINAL = """\
 Mean ± sample standard deviation over seeds (how many) of the mean return of the last 100 training episodes,
 at the budget of steps in the head; after the semicolon a published score of the algorithm, perhaps at another
-budget. Bold: not below it.
+budget. Bold: not below it, over more than one seed.
 """
 EFFICIENCY = """\
 Median steps until the mean of 100 episodes reaches the return in the head (how many seeds do):

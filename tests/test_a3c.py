@@ -417,9 +417,12 @@ def assert_no_orphans(process):
 
 
 def finish(process):
-    """Wait for the end, 10 seconds at most; returns the exit code and standard error."""
+    """Wait for the end; returns the exit code and standard error.
+
+    60 seconds at most: a first iteration begins when two workers have imported torch, slow on a busy machine.
+    """
     try:
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -502,7 +505,7 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path):
     process = start(tmp_path, "CartPole-v1")
     run_dir = wait_for_a_save(process, tmp_path)
     process.kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert_no_orphans(process)
     assert_good(run_dir)
     state, rows = checkpoint(run_dir), progress(run_dir)
