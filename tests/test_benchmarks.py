@@ -146,7 +146,9 @@ def test_tables_and_figures_are_what_the_data_say(sample, capsys, monkeypatch):
     }
     assert hopper["`vpg_gae.py`", "Hopper-v5, 2k"] == f"{cell('Hopper-v5', 'vpg_gae')}; -"
     assert hopper["`trpo.py`", "Hopper-v5, 2k"] == f"**{cell('Hopper-v5', 'trpo')}**; 50"
-    assert hopper["`ppo.py`", "Hopper-v5, 2k"] == f"{scores('Hopper-v5', 'ppo')[0]:.1f} (1); 50"  # one seed is not bold
+    (one_seed,) = scores("Hopper-v5", "ppo")
+    assert one_seed > 50
+    assert hopper["`ppo.py`", "Hopper-v5, 2k"] == f"{one_seed:.1f} (1); 50"  # not bold
 
     first = []  # steps of 20 with 2 episodes each: 100 episodes after 1000
     for x in records:
