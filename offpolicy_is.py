@@ -71,7 +71,7 @@ class Args:
     """K, gradient steps per iteration"""
     num_batches: int = 1
     """M, the latest batches that each step is taken on, whatever policies collected them"""
-    min_ess: float = 0.5
+    min_ess: float = 0.9
     """no further step on a batch once the effective sample size of its episodes is below this share of N"""
     normalize_weights: bool = True
     """zero mean and unit deviation over a batch: biased, as the batch is in its own baseline; one scale"""

@@ -392,7 +392,8 @@ def test_normalized_weights_have_zero_mean_and_unit_deviation(tmp_path, monkeypa
 
 def test_a_batch_is_left_when_its_effective_sample_size_falls(tmp_path):
     def columns(**changes):
-        result = train("offpolicy_is", tmp_path, total_timesteps=1500, num_envs=8, num_updates=6, **changes)
+        args = dict(total_timesteps=1500, num_envs=8, num_updates=6, min_ess=0.5)
+        result = train("offpolicy_is", tmp_path, **args, **changes)
         rows = progress(result.run_dir)
         return [(int(float(r["updates"])), float(r["effective_sample_size"])) for r in rows]
 
