@@ -1,7 +1,7 @@
-"""REINFORCE with importance sampling: several steps on the same episodes, and on those of older policies.
+"""REINFORCE with importance sampling: further steps on the same episodes, and on those of older policies.
 
     rho_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t)                              pi_old collected the episode
-    g     = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) w_t             K steps per N whole episodes
+    g     = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) w_t       up to K steps per N whole episodes
 
     trajectory  w_t = (prod_k rho_k) (sum_k gamma^k r_k)                     unbiased
     causal      w_t = (prod_{k<=t} rho_k) sum_{l>=t} gamma^{l-t} r_l prod_{t<k<=l} rho_k          unbiased
@@ -68,7 +68,7 @@ class Args:
     estimator: Literal["trajectory", "causal", "no-future", "per-step"] = "trajectory"
     """which importance ratios weight the credit of an action"""
     num_updates: int = 4
-    """K, gradient steps per iteration"""
+    """K, gradient steps per iteration, at most"""
     num_batches: int = 1
     """M, the latest batches that each step is taken on, whatever policies collected them"""
     min_ess: float = 0.9
@@ -148,7 +148,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update_policy(policy, optimizer, batches, args):
-    """K steps of gradient ascent on the batches that are still near the policy; returns what to log."""
+    """Up to K steps of gradient ascent on the batches still near the policy; returns what to log."""
     updates = 0
     while updates < args.num_updates:
         losses = []
