@@ -306,7 +306,7 @@ def plot_wall_clock(runs, path):
             _, returns, seconds = curves(group)
             draw(ax, seconds.mean(0), iqm(returns), script)
         ax.set(xlabel="seconds", ylabel="return", xscale="log")
-        ax.set_xlim(ax.dataLim.x1 / 300, ax.dataLim.x1 * 1.3)  # a run's first moments would take half the panel
+        ax.set_xlim(ax.dataLim.x1 / 300, ax.dataLim.x1 * 1.3)  # the first moments would take half of it
         ax.xaxis.set_major_formatter("{x:g}")
     save(figure, "Mean of the last 100 training episodes: interquartile mean over seeds", path)
 
