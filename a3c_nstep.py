@@ -23,6 +23,7 @@ import copy
 import json
 import time
 from collections import deque, namedtuple
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -198,49 +199,52 @@ def work(rank, args, iteration, shared, step, lock, reports):
     """A worker: roll out, move the shared networks and report, until all together are at the last step."""
     torch.set_num_threads(args.torch_threads)
     args.seed = int(np.random.SeedSequence([args.seed, rank]).generate_state(1)[0])
-    envs = wrappers.RecordEpisodeStatistics(make_envs(args), buffer_length=args.log_interval + args.num_steps)
+    max_episodes = args.log_interval + args.num_envs * args.num_steps  # between two reports
+    envs = wrappers.RecordEpisodeStatistics(make_envs(args), buffer_length=max_episodes)
     policy, value = copy.deepcopy(shared["policy"]), copy.deepcopy(shared["value"])
     policy_optimizer = SharedRMSprop(policy, shared["policy"], shared["policy_square_avgs"])
     value_optimizer = SharedRMSprop(value, shared["value"], shared["value_square_avgs"])
     reward_scale = RewardScale(args.num_envs, args.gamma)
     reward_scale.norm = shared["reward_scale"].norm
-    next_obs, next_done = reset(envs, args, iteration)
-    steps, all_metrics = 0, []
-    while step < args.total_timesteps:
-        remaining = 1 - step.item() / args.total_timesteps if args.anneal_lr else 1
-        policy_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-        value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * remaining
+    with closing(envs):
+        next_obs, next_done = reset(envs, args, iteration)
+        steps, all_metrics, last_step = 0, [], step.item()
+        while last_step < args.total_timesteps:
+            remaining = 1 - last_step / args.total_timesteps if args.anneal_lr else 1
+            policy_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * remaining
 
-        with lock:  # while none changes the statistics, to which the first layers belong
-            policy.load_state_dict(shared["policy"].state_dict())
-            value.load_state_dict(shared["value"].state_dict())
-        batch = rollout(envs, policy, next_obs, next_done, args.num_steps)
-        obs, actions, rewards, terminations, dones, valid = batch
-        next_obs, next_done = obs[-1], dones[-1]
-        with lock:
-            rewards = reward_scale(rewards, valid)
-        with torch.no_grad():
-            values = value(obs)
-        returns = n_step_returns(rewards, values, terminations, dones, args.gamma, args.num_steps)
-        advantages = returns - values[:-1]
+            with lock:  # while none changes the statistics, to which the first layers belong
+                policy.load_state_dict(shared["policy"].state_dict())
+                value.load_state_dict(shared["value"].state_dict())
+            batch = rollout(envs, policy, next_obs, next_done, args.num_steps)
+            obs, actions, rewards, terminations, dones, valid = batch
+            next_obs, next_done = obs[-1], dones[-1]
+            with lock:
+                rewards = reward_scale(rewards, valid)
+            with torch.no_grad():
+                values = value(obs)
+            returns = n_step_returns(rewards, values, terminations, dones, args.gamma, args.num_steps)
+            advantages = returns - values[:-1]
 
-        # (T, N, ...) -> (B, ...), dropping the reset steps
-        b_obs, b_actions, b_returns = obs[:-1][valid], actions[valid], returns[valid]
-        b_advantages = normalize(advantages[valid]) if args.normalize_advantages else advantages[valid]
-        metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_advantages, args)
-        metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
-        metrics.pop("explained_variance")  # of so few steps
-        all_metrics.append({name: metric.item() for name, metric in metrics.items()})
-        with lock:
-            update_statistics(shared["policy"].net, b_obs)
-            update_statistics(shared["value"].net, b_obs)
-            step += len(b_obs)
-        steps += len(b_obs)
-        if steps >= args.log_interval or step >= args.total_timesteps:
-            metrics = {name: np.mean([m[name] for m in all_metrics]) for name in metrics}
-            reports.put((steps, list(envs.return_queue), metrics))
-            envs.return_queue.clear()
-            steps, all_metrics = 0, []
+            # (T, N, ...) -> (B, ...), dropping the reset steps
+            b_obs, b_actions, b_returns = obs[:-1][valid], actions[valid], returns[valid]
+            b_advantages = normalize(advantages[valid]) if args.normalize_advantages else advantages[valid]
+            metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_advantages, args)
+            metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
+            metrics.pop("explained_variance")  # of so few steps
+            all_metrics.append({name: metric.item() for name, metric in metrics.items()})
+            with lock:
+                update_statistics(shared["policy"].net, b_obs)
+                update_statistics(shared["value"].net, b_obs)
+                step += len(b_obs)
+                last_step = step.item()
+            steps += len(b_obs)
+            if steps >= args.log_interval or last_step >= args.total_timesteps:
+                metrics = {name: np.mean([m[name] for m in all_metrics]) for name in metrics}
+                reports.put((steps, list(envs.return_queue), metrics))
+                envs.return_queue.clear()
+                steps, all_metrics = 0, []
 
 
 # ---------------------------------------------------------------------------- networks
@@ -377,21 +381,19 @@ def rollout(envs, policy, obs, done, num_steps):
     Returns obs (T+1, N, O), actions (T, N) or (T, N, A), and rewards, terminations, dones, valid (T, N).
     Raises FloatingPointError at an observation that is not finite.
     """
-    all_obs, actions, rewards = [obs], [], np.zeros((num_steps, len(obs)), np.float32)
-    terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
-    for t in range(num_steps):
+    steps = []
+    for _ in range(num_steps):
         with torch.inference_mode():  # cheaper than no_grad
-            actions.append(policy(obs).sample())
-        action = actions[-1].cpu().numpy().reshape(envs.action_space.shape)
-        next_obs, rewards[t], terminations[t], truncations[t], _ = envs.step(action)
+            action = policy(obs).sample()
+        next_obs, *outcome, _ = envs.step(action.cpu().numpy().reshape(envs.action_space.shape))
         if not np.isfinite(next_obs).all():
             raise FloatingPointError(f"not finite: an observation, {next_obs}")
-        obs = torch.as_tensor(next_obs.astype(np.float32), device=obs.device)
-        all_obs.append(obs)
-    arrays = rewards, terminations, terminations | truncations
-    rewards, terminations, dones = (torch.as_tensor(x, device=obs.device) for x in arrays)
+        steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+    all_obs, actions, rewards, terminations, truncations = map(torch.stack, zip(*steps))
+    dones = terminations | truncations
     valid = ~torch.cat([done[None], dones[:-1]])
-    return torch.stack(all_obs), torch.stack(actions), rewards, terminations, dones, valid
+    return torch.cat([all_obs, obs[None]]), actions, rewards.float(), terminations, dones, valid
 
 
 # ---------------------------------------------------------------------------- running

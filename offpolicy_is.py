@@ -298,11 +298,12 @@ def rollout_episodes(envs, policy, obs, max_episode_steps):
         next_obs, reward, terminated, truncated, _ = envs.step(env_action)
         if not np.isfinite(next_obs).all():
             raise FloatingPointError(f"not finite: an observation, {next_obs}")
-        reward = np.where(running, reward, 0).astype(np.float32)
-        steps.append((obs, action, *(torch.as_tensor(x, device=obs.device) for x in (reward, running))))
-        obs = torch.as_tensor(next_obs.astype(np.float32), device=obs.device)
-        running = running & ~(terminated | truncated)
-    return tuple(torch.stack(x) for x in zip(*steps))
+        outcome = np.where(running, reward, 0), running
+        steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+        running &= ~(terminated | truncated)
+    obs, actions, rewards, valid = map(torch.stack, zip(*steps))
+    return obs, actions, rewards.float(), valid
 
 
 # ---------------------------------------------------------------------------- running

@@ -350,21 +350,19 @@ def rollout(envs, policy, obs, done, num_steps):
     Returns obs (T+1, N, O), actions (T, N) or (T, N, A), and rewards, terminations, dones, valid (T, N).
     Raises FloatingPointError at an observation that is not finite.
     """
-    all_obs, actions, rewards = [obs], [], np.zeros((num_steps, len(obs)), np.float32)
-    terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
-    for t in range(num_steps):
+    steps = []
+    for _ in range(num_steps):
         with torch.inference_mode():  # cheaper than no_grad
-            actions.append(policy(obs).sample())
-        action = actions[-1].cpu().numpy().reshape(envs.action_space.shape)
-        next_obs, rewards[t], terminations[t], truncations[t], _ = envs.step(action)
+            action = policy(obs).sample()
+        next_obs, *outcome, _ = envs.step(action.cpu().numpy().reshape(envs.action_space.shape))
         if not np.isfinite(next_obs).all():
             raise FloatingPointError(f"not finite: an observation, {next_obs}")
-        obs = torch.as_tensor(next_obs.astype(np.float32), device=obs.device)
-        all_obs.append(obs)
-    arrays = rewards, terminations, terminations | truncations
-    rewards, terminations, dones = (torch.as_tensor(x, device=obs.device) for x in arrays)
+        steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+    all_obs, actions, rewards, terminations, truncations = map(torch.stack, zip(*steps))
+    dones = terminations | truncations
     valid = ~torch.cat([done[None], dones[:-1]])
-    return torch.stack(all_obs), torch.stack(actions), rewards, terminations, dones, valid
+    return torch.cat([all_obs, obs[None]]), actions, rewards.float(), terminations, dones, valid
 
 
 # ---------------------------------------------------------------------------- running
