@@ -52,7 +52,7 @@ class Args:
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
     baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"  # b
-    normalize_weights: bool = False  # zero mean and unit deviation: a baseline (of this batch), and one scale
+    normalize_weights: bool = True  # zero mean and unit deviation: a baseline (of this batch), and one scale
     value_epochs: PositiveInt = 4  # passes of the value function over each batch
     num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
     learning_rate: PositiveFloat = 1e-2  # policy learning rate
