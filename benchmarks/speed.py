@@ -119,8 +119,9 @@ def comparisons(script, args):
         return
     if script in PEERS:
         name, arguments, flags = PEERS[script]
-        if importlib.util.find_spec(name.split(".")[0]):
-            yield flags, name, lambda: time_peer(name, arguments, args)
+        installed = importlib.util.find_spec(name.split(".")[0])
+        time_other = (lambda: time_peer(name, arguments, args)) if installed else None
+        yield flags, name if installed else f"{name} is not installed", time_other
         if script == "ppo" and args.cleanrl:
             yield flags, "CleanRL", lambda: time_cleanrl(args)
     if script == "a3c_nstep":
