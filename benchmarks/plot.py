@@ -128,7 +128,13 @@ def spread(scores, digits=0):
 
 
 def final_table(groups):
-    return matrix_table(groups, lambda env_id, script, group: spread(final_returns(group)))
+    """The README's, short: without the numbers of seeds."""
+
+    def cell(env_id, script, group):
+        scores = final_returns(group)
+        return f"{mean(scores):.0f}±{stdev(scores) if len(scores) > 1 else 0:.0f}"
+
+    return matrix_table(groups, cell)
 
 
 def published_table(groups, published):
