@@ -405,7 +405,7 @@ class Run:
         self.saved_args = {"script": SCRIPT, **asdict(args)}
         Path(self.dir, "args.json").write_text(json.dumps(self.saved_args, indent=2))
         self.progress = open(Path(self.dir, "progress.csv"), "a", newline="")
-        self.progress.truncate(self.progress_size)  # what came after the checkpoint is done again
+        self.progress.seek(self.progress.truncate(self.progress_size))  # what came after is done again
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", mininterval=1)
         self.start = time.time() - self.seconds
