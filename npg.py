@@ -156,7 +156,7 @@ def natural_step(policy, params, obs, loss, args):
 
 
 def update_policy(policy, obs, actions, advantages, args):
-    """One step up the natural gradient of E_t[ log pi(a_t|s_t) A_t ]; returns what to log."""
+    """One step up the natural gradient; returns what to log."""
     with torch.no_grad():
         old_dist = policy(obs)
     dist = policy(obs)

@@ -51,7 +51,7 @@ class Args:
     max_episode_steps: PositiveInt = 10_000  # an episode that is longer stops the run
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
-    baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"  # b
+    baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"  # b, see above
     normalize_weights: bool = True  # zero mean and unit deviation: a baseline (of this batch), and one scale
     value_epochs: PositiveInt = 4  # passes of the value function over each batch
     num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
@@ -147,8 +147,7 @@ def update_policy(policy, optimizer, obs, actions, weights, args):
 
 def optimal_update(policy, optimizer, obs, actions, valid, returns, args):
     """One step of ascent along 1/N sum_i g_i (R_i - b), b the optimal baseline, R (N,) the G_0."""
-    if args.normalize_weights:
-        returns = normalize(returns)
+    returns = normalize(returns) if args.normalize_weights else returns
     scores = episode_scores(policy, obs, actions, valid)
     gradient = (scores * (returns[:, None] - optimal_baseline(scores, returns))).mean(0)
     loss = -nn.utils.parameters_to_vector(policy.parameters()) @ gradient
@@ -183,8 +182,7 @@ def train(args):
     torch.set_num_threads(args.torch_threads)
     envs = make_envs(args)
     policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std).to(args.device)
-    timed_space = gym.spaces.Tuple([envs.single_observation_space, gym.spaces.Box(1, 1e9)])
-    value = Value(timed_space).to(args.device)
+    value = Value(gym.spaces.Tuple([envs.single_observation_space, gym.spaces.Box(1, 1e9)])).to(args.device)
     return_norm = RunningNorm(1).to(args.device)  # V is fitted to normalized returns
     policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)

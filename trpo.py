@@ -174,7 +174,7 @@ def line_search(evaluate, params, step, max_kl, backtrack_coef, max_backtracks):
 
 
 def update_policy(policy, obs, actions, advantages, args):
-    """One step up the natural gradient of the surrogate, if it is accepted; returns what to log."""
+    """One step up the natural gradient; returns what to log."""
     with torch.no_grad():
         old_dist = policy(obs)
         old_logprobs = old_dist.log_prob(actions)
