@@ -51,7 +51,7 @@ class Args:
     max_episode_steps: PositiveInt = 10_000  # an episode that is longer stops the run
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
-    baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"  # b, see above
+    baseline: Literal["none", "mean", "leave-one-out", "time", "optimal", "value"] = "value"  # value: V(s, t)
     normalize_weights: bool = True  # zero mean and unit deviation: a baseline (of this batch), and one scale
     value_epochs: PositiveInt = 4  # passes of the value function over each batch
     num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
