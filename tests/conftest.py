@@ -1,3 +1,19 @@
+import functools
+import multiprocessing
+
+import pytest
 import torch
+from environments import Random
 
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+packages = "hypothesis tensorboard.backend.event_processing.event_accumulator torch.utils.tensorboard tyro"
+multiprocessing.set_forkserver_preload(f"gymnasium pydantic.dataclasses pytest {packages}".split())
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """The workers of a3c_nstep.py start at once, without importing torch again; Random has kept nothing."""
+    spawn = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    for record in (Random.seeds, Random.returns, Random.steps):
+        record.clear()

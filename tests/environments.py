@@ -1,5 +1,9 @@
 """Environments for the tests, registered in gymnasium when this file is imported."""
 
+import os
+import signal
+import time
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence, Tuple
@@ -34,44 +38,31 @@ class Counter(gym.Env):
         return obs, reward, end and even, end and not even, {}
 
 
-class CounterVector(gym.vector.VectorEnv):
-    """The same, native: every step returns the same five arrays, overwritten."""
+class CounterVector(gym.vector.SyncVectorEnv):
+    """The same, native: reset and every step return the same arrays, overwritten."""
 
     def __init__(self, num_envs, autoreset_mode=AutoresetMode.NEXT_STEP):
-        self.num_envs, self.metadata = num_envs, {"autoreset_mode": autoreset_mode}
-        self.single_observation_space = Counter.observation_space
-        self.single_action_space = Counter.action_space
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.obs, self.rewards = np.zeros((num_envs, 4), np.float32), np.zeros(num_envs)
-        self.terminations, self.truncations = np.zeros((2, num_envs), bool)
+        super().__init__([Counter] * num_envs, autoreset_mode=autoreset_mode)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        seeds = seed + np.arange(self.num_envs)
-        self.obs[:] = np.stack([seeds % 1000, 0 * seeds, seeds % 4 * 2, 0 * seeds - 1], 1)
-        self.terminations[:] = self.truncations[:] = False
-        return self.obs, {}
+    def reset(self, **kwargs):
+        self.arrays = [super().reset(**kwargs)[0]]
+        return self.arrays[0], {}
 
     def step(self, actions):
-        over = self.terminations | self.truncations
-        episode, t = self.obs[:, 1], self.obs[:, 2]
-        self.rewards[:] = np.where(over, 0, 10 * episode + t)
-        episode[over] += 1
-        t[:] = np.where(over, 0, t + 1)
-        self.obs[:, 3] = np.where(over, -1, actions)
-        self.terminations[:] = (t == LENGTH) & (episode % 2 == 0)
-        self.truncations[:] = (t == LENGTH) & (episode % 2 == 1)
-        return self.obs, self.rewards, self.terminations, self.truncations, {}
+        *arrays, info = super().step(actions)
+        self.arrays += arrays[len(self.arrays) :]
+        for kept, new in zip(self.arrays, arrays):
+            kept[:] = new
+        return *self.arrays, info
 
 
 class Sampler(gym.Env):
-    """Random observations of any space; keeps them and the actions. Its third step may go wrong."""
+    """Random observations of any space, the third may be given; keeps them and the actions."""
 
     observation_space, action_space = Box(-1, 1), Discrete(2)
 
-    def __init__(self, third_reward=0.0, third_obs=None, **spaces):
-        self.third_reward, self.third_obs = third_reward, third_obs
+    def __init__(self, third_obs=None, **spaces):
+        self.third_obs = third_obs
         vars(self).update(spaces)
 
     def reset(self, *, seed=None, options=None):
@@ -80,35 +71,77 @@ class Sampler(gym.Env):
         return self.observations[0], {}
 
     def step(self, action):
+        assert self.action_space.contains(action), action
         self.actions.append(action)
-        third = len(self.actions) == 3
-        bad = third and self.third_obs is not None
+        bad = self.third_obs is not None and len(self.actions) == 3
         self.observations.append(self.third_obs if bad else self.observation_space.sample())
-        return self.observations[-1], self.third_reward if third else 0.0, False, False, {}
+        return self.observations[-1], 0.0, False, False, {}
+
+
+class Random(gym.Env):
+    """Random observations and rewards, episodes of 3 steps; keeps what is done to all in this process.
+
+    With a seed that is a multiple of 4, as one of 4 environments has, it goes wrong after 20 steps.
+    """
+
+    observation_space, action_space = Box(-9, 9, (2,)), Discrete(2)
+    seeds, returns, steps = [], [], []
+
+    def __init__(self, truncates=False, wrong=None):
+        self.truncates, self.wrong, self.count = truncates, wrong, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.rewards, self.seed = [], self.seed if seed is None else seed
+        self.seeds.extend([] if seed is None else [seed])
+        return self.np_random.normal(size=2).astype(np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        self.steps.append(action)
+        self.rewards.append(1000 * self.np_random.normal())
+        if self.wrong and self.count > 20 and self.seed % 4 == 0:
+            if self.wrong == "raises":
+                raise LookupError(f"no such ladder at {time.time()}")
+            if self.wrong == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.rewards[-1] = float(self.wrong)
+        end, obs = len(self.rewards) == 3, self.np_random.normal(size=2).astype(np.float32)
+        self.returns.extend([sum(self.rewards)] if end else [])
+        return obs, self.rewards[-1], end and not self.truncates, end and self.truncates, {}
 
 
 def register(env_id, entry_point="Sampler", vector_entry_point=None, **kwargs):
     native = vector_entry_point and f"{__name__}:{vector_entry_point}"
-    entry_point = f"{__name__}:{entry_point}"
-    gym.register(env_id, entry_point, vector_entry_point=native, disable_env_checker=True, kwargs=kwargs)
+    entry_point, others = f"{__name__}:{entry_point}", dict(disable_env_checker=True, kwargs=kwargs)
+    gym.register(env_id, entry_point, vector_entry_point=native, **others)
 
 
 register("Counter-v0", "Counter", "CounterVector")
 register("SameStep-v0", "Counter", "CounterVector", autoreset_mode=AutoresetMode.SAME_STEP)
 register("NoAutoreset-v0", "Counter", "CounterVector", autoreset_mode=AutoresetMode.DISABLED)
-register("DictObs-v0", observation_space=Dict(b=Box(-1, 1, (2,)), a=Discrete(3)))
-register("TupleObs-v0", observation_space=Tuple([Box(-1, 1, (2, 2)), Discrete(3, start=1)]))
-register("DiscreteObs-v0", observation_space=Discrete(5, start=2))
-register("MatrixObs-v0", observation_space=Box(-1, 1, (3, 2)))
-register("ScalarObs-v0", observation_space=Box(-1, 1, ()))
-register("ByteObs-v0", observation_space=Box(0, 255, (4,), np.uint8))
-register("SequenceObs-v0", observation_space=Sequence(Discrete(3)))
-register("MatrixAction-v0", action_space=Box(-1, np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
-register("ScalarAction-v0", action_space=Box(-1, 1, ()))
-register("DoubleAction-v0", action_space=Box(-1, 1, (2,), np.float64))
-register("MultiDiscreteAction-v0", action_space=MultiDiscrete([2, 3]))
-register("MultiDiscreteMatrixAction-v0", action_space=MultiDiscrete([[2, 3], [4, 5]]))
-register("IntegerBoxAction-v0", action_space=Box(0, 3, (2,), np.int64))
-register("NaNReward-v0", third_reward=float("nan"))
+for name, space in {
+    "Dict": Dict(b=Box(-1, 1, (2,)), a=Discrete(3)),
+    "Tuple": Tuple([Box(-1, 1, (2, 2)), Discrete(3, start=1)]),
+    "Discrete": Discrete(5, start=2),
+    "Matrix": Box(-1, 1, (3, 2)),
+    "Scalar": Box(-1, 1, ()),
+    "Byte": Box(0, 255, (4,), np.uint8),
+    "Sequence": Sequence(Discrete(3)),
+}.items():
+    register(f"{name}Obs-v0", observation_space=space)
+for name, space in {
+    "Matrix": Box(-1, np.array([[1, 2, 3], [4, 5, 6]], np.float32)),
+    "Scalar": Box(-1, 1, ()),
+    "Double": Box(-1, 1, (2,), np.float64),
+    "MultiDiscrete": MultiDiscrete([2, 3]),
+    "Dict": Dict(a=Discrete(2)),
+    "IntegerBox": Box(0, 3, (2,), np.int64),
+}.items():
+    register(f"{name}Action-v0", action_space=space)
 register("InfObs-v0", third_obs=np.array([np.inf]))
 register("HugeObs-v0", observation_space=Box(-np.inf, np.inf, (1,), np.float64), third_obs=np.array([1e300]))
+register("test/Random-v0", "Random")
+register("Truncated-v0", "Random", truncates=True)
+for wrong in ("nan", "inf", "raises", "killed"):
+    register(f"{wrong}-v0", "Random", wrong=wrong)

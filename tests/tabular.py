@@ -1,20 +1,10 @@
-"""Small finite-horizon MDPs whose trajectories are all enumerated, in float64.
+"""Small finite-horizon MDPs whose trajectories are all enumerated, in float64: exact numbers, no sampling.
 
-J(theta), its gradient, and the expectation, bias and covariance of every estimator are then numbers without
-sampling. The tensors have the (T, N) layout of the scripts' rollouts, one trajectory per column, so that the
-scripts' own functions apply to them.
-
-T horizon, K trajectories, N of them in a batch, S states, A actions, O observations, P policy parameters.
-
-    J      = E[ sum_t gamma^t r_t ]                                t from 0
-    grad J = E[ sum_t grad log pi(a_t|s_t) gamma^t G_t ]           G_t = sum_{t'>=t} gamma^(t'-t) r_t'
-           = sum_t gamma^t sum_s p_t(s) sum_a grad pi(a|s) Q_t(s,a)
-
-The scripts leave the factor gamma^t out, as everyone does: what they estimate is grad J only if gamma = 1,
-and otherwise the last line without gamma^t.
+The tensors have the (T, N) layout of the scripts' rollouts, one trajectory per column, so that the scripts'
+own functions apply to them: K trajectories, S states, A actions, O observations, P policy parameters.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -23,7 +13,7 @@ from torch.distributions import Categorical
 
 
 class TabularPolicy(nn.Module):
-    """pi(a|o) = softmax(theta[o]), with the calling convention of the scripts' Policy."""
+    """pi(a|o) = softmax(theta[o]), called as the scripts' Policy is."""
 
     def __init__(self, num_obs, num_actions=2, seed=0):
         super().__init__()
@@ -34,20 +24,13 @@ class TabularPolicy(nn.Module):
         return Categorical(logits=obs @ self.theta)
 
 
-class Trajectories(NamedTuple):
-    """One trajectory per column. After its end: valid False, reward 0, action 0, and the state stays.
+NAMES = "states obs actions rewards terminations dones valid dynamics"
 
-    The horizon is a truncation: dones, and not terminations, at T-1. The value of what follows it is 0.
-    """
 
-    states: torch.Tensor  # (T+1, K)
-    obs: torch.Tensor  # (T+1, K, O)
-    actions: torch.Tensor  # (T, K)
-    rewards: torch.Tensor  # (T, K)
-    terminations: torch.Tensor  # (T, K)
-    dones: torch.Tensor  # (T, K)
-    valid: torch.Tensor  # (T, K)
-    dynamics: torch.Tensor  # (K,), the factors of the probability that the policy has no part in
+class Trajectories(namedtuple("Trajectories", NAMES)):
+    """One per column: states (T+1, K), obs (T+1, K, O), the others (T, K), but dynamics (K,), the factors of
+    their probability that the policy has no part in. Past the end: valid False, reward 0, action 0, the state
+    stays. The horizon is a truncation: dones, and not terminations, at T-1. What follows has the value 0."""
 
     def select(self, columns):
         return Trajectories(*(x[:, columns] for x in self[:-1]), self.dynamics[columns])
@@ -76,9 +59,8 @@ class TabularMDP:
         padded = (actions == 0) & (states[1:] == states[:-1])
         dynamics = self.start[states[0]] * self.P[step].where(valid, 1).prod(0)
         rewards = self.r[states[:-1], actions] * valid
-        every = Trajectories(
-            states, self.observe[states], actions, rewards, terminations, dones, valid, dynamics
-        )
+        obs = self.observe[states]
+        every = Trajectories(states, obs, actions, rewards, terminations, dones, valid, dynamics)
         return every.select((valid | padded).all(0) & (dynamics > 0))
 
     def logprobs(self, policy):
@@ -156,19 +138,16 @@ class TabularMDP:
         mean = moments(self.trajectory_probabilities(sampler or policy), self.estimates(policy, weights))[0]
         return mean - self.exact_gradient(policy, gamma)
 
-    def covariance(self, policy, weights, sampler=None):
-        """Covariance of the estimate from one trajectory of the sampler (default: the policy); (P, P)"""
-        return moments(self.trajectory_probabilities(sampler or policy), self.estimates(policy, weights))[1]
+    def covariance(self, policy, weights):
+        """Covariance of the estimate from one trajectory; (P, P)"""
+        return moments(self.trajectory_probabilities(policy), self.estimates(policy, weights))[1]
 
-    def batch_moments(self, policy, estimator, num_episodes):
-        """Mean (P,) and covariance (P, P) of an estimator over all K^N batches of N independent trajectories.
-
-        estimator: columns (N,), the trajectories of a batch -> (P,)
-        """
+    def batch_mean(self, policy, estimator, num_episodes):
+        """Mean (P,) over all K^N batches of an estimator: columns (N,), the trajectories of one -> (P,)"""
         K = len(self.trajectories.dynamics)
         batches = torch.cartesian_prod(*[torch.arange(K)] * num_episodes).reshape(-1, num_episodes)
-        probabilities = self.trajectory_probabilities(policy)[batches].prod(1)
-        return moments(probabilities, torch.stack([estimator(columns) for columns in batches]))
+        probabilities = self.trajectory_probabilities(policy).detach()[batches].prod(1)
+        return probabilities @ torch.stack([estimator(columns) for columns in batches])
 
 
 @torch.no_grad()
@@ -202,3 +181,21 @@ FULL = random_mdp(3, horizon=3)
 TERMINATING = random_mdp(3, horizon=3, terminates=True)
 HIDDEN = random_mdp(4, horizon=3, terminates=True, observation=[0, 0, 1, 1])
 SMALL = random_mdp(2, horizon=2, start=[1.0, 0.0], terminates=True)  # for batches: K^N stays small
+MDPS = {"full": FULL, "terminating": TERMINATING, "hidden": HIDDEN, "small": SMALL}
+
+
+def policy_of(mdp, seed=0):
+    return TabularPolicy(mdp.observe.shape[1], seed=seed)
+
+
+def moved(policy, direction, h=1.0):
+    """A TabularPolicy with theta + h direction."""
+    other = TabularPolicy(*policy.theta.shape)
+    other.theta.data = policy.theta.detach() + h * direction.detach().view_as(policy.theta)
+    return other
+
+
+def close(actual, expected=0.0, tolerance=1e-12):
+    """Equal up to an absolute tolerance; a number is compared with every element."""
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected.expand_as(actual), rtol=0, atol=tolerance)
