@@ -61,7 +61,7 @@ class Args:
     gamma: UnitInterval = 0.995  # discount factor
     estimator: Literal["trajectory", "causal", "no-future", "per-step"] = "trajectory"  # w_t, see above
     num_updates: PositiveInt = 4  # K, gradient steps per batch, at most
-    min_ess: Annotated[float, Field(ge=0, lt=1)] = 0.9  # effective share of the ratios that ends them
+    min_ess: UnitInterval = 0.9  # effective share of the ratios that ends them
     normalize_weights: bool = True  # b and one scale: the mean and the deviation of the credits in a batch
     learning_rate: PositiveFloat = 1e-2  # policy learning rate
     anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
@@ -140,7 +140,7 @@ def update_policy(policy, optimizer, obs, actions, rewards, valid, args):
         log_ratios = ((logprobs - old_logprobs) * valid).detach()
         log_weights = log_products(log_ratios, args.estimator)[valid]
         ess = effective_sample_size(log_weights) / len(log_weights)
-        if ess < args.min_ess:
+        if updates and ess < args.min_ess:
             break
         weights = importance_weights(log_ratios, rewards, args.gamma, args.estimator, baseline) / scale
         loss = policy_loss(logprobs[valid], weights[valid].float(), args.num_envs)
@@ -296,11 +296,11 @@ def rollout_episodes(envs, policy, obs, max_episode_steps):
             action = policy(obs).sample()
         env_action = action.cpu().numpy().reshape(envs.action_space.shape)
         next_obs, reward, terminated, truncated, _ = envs.step(env_action)
-        if not np.isfinite(next_obs).all():
-            raise FloatingPointError(f"not finite: an observation, {next_obs}")
         outcome = np.where(running, reward, 0), running
         steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
         obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+        if not obs.isfinite().all():
+            raise FloatingPointError(f"not finite: an observation, {next_obs}")
         running &= ~(terminated | truncated)
     obs, actions, rewards, valid = map(torch.stack, zip(*steps))
     return obs, actions, rewards.float(), valid
@@ -397,7 +397,7 @@ def load_args(run_dir):
     saved = torch.load(path, "cpu", weights_only=True)["args"] if path.exists() else {}
     if saved.pop("script", None) != SCRIPT:
         raise ValueError(f"--resume {run_dir} is not a run folder of {SCRIPT}.py")
-    return Args(**saved | {"resume": run_dir})
+    return Args(**saved | {"resume": str(run_dir)})
 
 
 if __name__ == "__main__":

@@ -263,11 +263,11 @@ def rollout_episodes(envs, policy, obs, max_episode_steps):
             action = policy(obs).sample()
         env_action = action.cpu().numpy().reshape(envs.action_space.shape)
         next_obs, reward, terminated, truncated, _ = envs.step(env_action)
-        if not np.isfinite(next_obs).all():
-            raise FloatingPointError(f"not finite: an observation, {next_obs}")
         outcome = np.where(running, reward, 0), running
         steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
         obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+        if not obs.isfinite().all():
+            raise FloatingPointError(f"not finite: an observation, {next_obs}")
         running &= ~(terminated | truncated)
     obs, actions, rewards, valid = map(torch.stack, zip(*steps))
     return obs, actions, rewards.float(), valid
@@ -364,7 +364,7 @@ def load_args(run_dir):
     saved = torch.load(path, "cpu", weights_only=True)["args"] if path.exists() else {}
     if saved.pop("script", None) != SCRIPT:
         raise ValueError(f"--resume {run_dir} is not a run folder of {SCRIPT}.py")
-    return Args(**saved | {"resume": run_dir})
+    return Args(**saved | {"resume": str(run_dir)})
 
 
 if __name__ == "__main__":

@@ -395,10 +395,10 @@ def rollout(envs, policy, obs, done, num_steps):
         with torch.inference_mode():  # cheaper than no_grad
             action = policy(obs).sample()
         next_obs, *outcome, _ = envs.step(action.cpu().numpy().reshape(envs.action_space.shape))
-        if not np.isfinite(next_obs).all():
-            raise FloatingPointError(f"not finite: an observation, {next_obs}")
         steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
         obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
+        if not obs.isfinite().all():
+            raise FloatingPointError(f"not finite: an observation, {next_obs}")
     all_obs, actions, rewards, terminations, truncations = map(torch.stack, zip(*steps))
     dones = terminations | truncations
     valid = ~torch.cat([done[None], dones[:-1]])
@@ -496,7 +496,7 @@ def load_args(run_dir):
     saved = torch.load(path, "cpu", weights_only=True)["args"] if path.exists() else {}
     if saved.pop("script", None) != SCRIPT:
         raise ValueError(f"--resume {run_dir} is not a run folder of {SCRIPT}.py")
-    return Args(**saved | {"resume": run_dir})
+    return Args(**saved | {"resume": str(run_dir)})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import torch
 from environments import Random
 
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
-packages = "hypothesis tensorboard.backend.event_processing.event_accumulator torch.utils.tensorboard tyro"
-multiprocessing.set_forkserver_preload(f"gymnasium pydantic.dataclasses pytest {packages}".split())
+first = "gymnasium pydantic.dataclasses pytest tensorboard.backend.event_processing.event_accumulator"
+multiprocessing.set_forkserver_preload([*first.split(), "torch._dynamo", "torch.utils.tensorboard", "tyro"])
 
 
 @pytest.fixture(autouse=True)

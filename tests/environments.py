@@ -1,5 +1,6 @@
 """Environments for the tests, registered in gymnasium when this file is imported."""
 
+import functools
 import os
 import signal
 import time
@@ -111,15 +112,10 @@ class Random(gym.Env):
         return obs, self.rewards[-1], end and not self.truncates, end and self.truncates, {}
 
 
-def register(env_id, entry_point="Sampler", vector_entry_point=None, **kwargs):
-    native = vector_entry_point and f"{__name__}:{vector_entry_point}"
-    entry_point, others = f"{__name__}:{entry_point}", dict(disable_env_checker=True, kwargs=kwargs)
-    gym.register(env_id, entry_point, vector_entry_point=native, **others)
-
-
-register("Counter-v0", "Counter", "CounterVector")
-register("SameStep-v0", "Counter", "CounterVector", autoreset_mode=AutoresetMode.SAME_STEP)
-register("NoAutoreset-v0", "Counter", "CounterVector", autoreset_mode=AutoresetMode.DISABLED)
+register = functools.partial(gym.register, disable_env_checker=True)
+register("Counter-v0", Counter, vector_entry_point=CounterVector)
+for name, mode in {"SameStep": AutoresetMode.SAME_STEP, "NoAutoreset": AutoresetMode.DISABLED}.items():
+    register(f"{name}-v0", Counter, vector_entry_point=CounterVector, kwargs={"autoreset_mode": mode})
 for name, space in {
     "Dict": Dict(b=Box(-1, 1, (2,)), a=Discrete(3)),
     "Tuple": Tuple([Box(-1, 1, (2, 2)), Discrete(3, start=1)]),
@@ -129,7 +125,7 @@ for name, space in {
     "Byte": Box(0, 255, (4,), np.uint8),
     "Sequence": Sequence(Discrete(3)),
 }.items():
-    register(f"{name}Obs-v0", observation_space=space)
+    register(f"{name}Obs-v0", Sampler, kwargs={"observation_space": space})
 for name, space in {
     "Matrix": Box(-1, np.array([[1, 2, 3], [4, 5, 6]], np.float32)),
     "Scalar": Box(-1, 1, ()),
@@ -138,10 +134,11 @@ for name, space in {
     "Dict": Dict(a=Discrete(2)),
     "IntegerBox": Box(0, 3, (2,), np.int64),
 }.items():
-    register(f"{name}Action-v0", action_space=space)
-register("InfObs-v0", third_obs=np.array([np.inf]))
-register("HugeObs-v0", observation_space=Box(-np.inf, np.inf, (1,), np.float64), third_obs=np.array([1e300]))
-register("test/Random-v0", "Random")
-register("Truncated-v0", "Random", truncates=True)
+    register(f"{name}Action-v0", Sampler, kwargs={"action_space": space})
+for name, third_obs in {"Inf": np.inf, "Huge": 1e300}.items():  # the second is infinite in float32
+    kwargs = {"observation_space": Box(-np.inf, np.inf, (1,), np.float64), "third_obs": np.array([third_obs])}
+    register(f"{name}Obs-v0", Sampler, kwargs=kwargs)
+register("test/Random-v0", Random)
+register("Truncated-v0", Random, kwargs={"truncates": True})
 for wrong in ("nan", "inf", "raises", "killed"):
-    register(f"{wrong}-v0", "Random", wrong=wrong)
+    register(f"{wrong}-v0", Random, kwargs={"wrong": wrong})

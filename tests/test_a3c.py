@@ -20,8 +20,6 @@ from a3c_nstep import SharedRMSprop, gradient_step
 
 NETS = "policy", "value"
 
-# ---------------------------------------------------------------------------- n-step returns
-
 
 @pytest.mark.parametrize("seed", range(100))
 def test_at_most_n_rewards_then_the_value_of_the_state_reached(seed):

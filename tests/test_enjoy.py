@@ -1,6 +1,6 @@
 """tools/enjoy.py plays the policy that was trained, as it was trained."""
 
-import importlib.util
+import importlib
 import pickle
 import subprocess
 import sys
@@ -12,14 +12,11 @@ import torch
 import tyro
 from environments import Sampler
 from gymnasium.spaces import Box, Dict, Discrete
-from test_copies import MODULES, ROOT
+from test_copies import MODULES
 from test_run_folder import tiny
 
 import ppo
-
-spec = importlib.util.spec_from_file_location("enjoy", ROOT / "tools" / "enjoy.py")
-enjoy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(enjoy)
+from tools import enjoy
 
 for env_id, action_space in {"Discrete": Discrete(2, start=5), "Matrix": Box(-0.01, 0.01, (2, 2))}.items():
     spaces = {"observation_space": Dict(x=Box(-1, 1, (2, 2)), y=Discrete(3)), "action_space": action_space}
@@ -73,21 +70,20 @@ def test_observations_are_flat_and_actions_in_their_space_as_in_training(env_id,
     assert lines == [*(f"episode {i}: return 0, length 5" for i in (1, 2)), "mean 0 +- 0 over 2 episodes"]
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (
-            {"args": {"script": "../tests/environments", "env_id": "CartPole-v1"}},
-            "environments.py, which is not",
-        ),
-        ({"policy": {}}, "Missing key"),
-        ({"args": {}}, "is not a run folder"),
-        ({"code": subprocess.run}, "Weights only load failed"),
-    ],
-)
-def test_a_checkpoint_of_another_kind_is_refused_and_none_runs_code(change, words, play, tmp_path):
+CHANGES = {
+    "environments.py, which is not in": {
+        "args": {"script": "../tests/environments", "env_id": "CartPole-v1"}
+    },
+    "is not a run folder": {"args": {}},
+    "Missing key": {"policy": {}},
+    "Weights only load failed": {"code": subprocess.run},
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_checkpoint_of_another_kind_is_refused_and_none_runs_code(words, play, tmp_path):
     path = train(tmp_path).run_dir / "checkpoint.pt"
-    torch.save(torch.load(path, weights_only=True) | change, path)
+    torch.save(torch.load(path, weights_only=True) | CHANGES[words], path)
     with pytest.raises((ValueError, RuntimeError, pickle.UnpicklingError), match=words):
         play(path.parent)
 

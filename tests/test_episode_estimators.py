@@ -279,7 +279,7 @@ def test_the_rounding_of_float32_prevents_no_first_update_and_makes_no_gradient(
     N = 2982  # 2 log N - log N is not log N, and the mean of equal credits not the credit
     policy = offpolicy_is.Policy(Box(-1, 1, (1,)), Discrete(2))
     batch = torch.zeros(1, N, 1), torch.zeros(1, N).long(), torch.full((1, N), 0.1), torch.ones(1, N) > 0
-    args, optimizer = arguments(min_ess=0.9999999, num_envs=N, normalize_weights=True), Recorder(policy)
+    args, optimizer = arguments(min_ess=1, num_envs=N, normalize_weights=True), Recorder(policy)
     offpolicy_is.update_policy(policy, optimizer, *batch, args)
     assert effective_sample_size(torch.zeros(N)) / N < args.min_ess
     assert len(optimizer.steps) == 1 and optimizer.steps[0][1].norm() < 1e-5
