@@ -209,7 +209,7 @@ def work(rank, args, iteration, shared, step, lock, reports):
     with closing(envs):
         next_obs, next_done = reset(envs, args, iteration)
         steps, all_metrics, last_step = 0, [], step.item()
-        while last_step < args.total_timesteps:
+        while last_step < args.total_timesteps and mp.parent_process().is_alive():
             remaining = 1 - last_step / args.total_timesteps if args.anneal_lr else 1
             policy_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * remaining
