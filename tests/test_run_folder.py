@@ -42,7 +42,7 @@ def tiny(script, runs_dir, **changes):
 
 
 def resume(script, run_dir, **changes):
-    return script.train(dataclasses.replace(script.load_args(str(run_dir)), **changes))
+    return script.train(dataclasses.replace(script.load_args(run_dir), **changes))
 
 
 def progress(run_dir, without=("seconds",)):
@@ -158,7 +158,7 @@ def test_a_resumed_run_has_all_that_was_saved(script, tmp_path):
     saved, first = checkpoint(run_dir, ["args"]), set(Random.seeds)
     with open(run_dir / "progress.csv", "a") as file:
         file.write("123,4")  # a row that was cut off
-    stopped_run(script, script.load_args(str(run_dir)), iterations=2, saved=2)  # before anything is done
+    stopped_run(script, script.load_args(run_dir), iterations=2, saved=2)  # before anything is done
     assert_same(checkpoint(run_dir, ["args"]), saved)
     optimizers = [name for name in saved if name.endswith("optimizer")]
     assert optimizers and all(saved[name]["state"][0]["exp_avg"].any() for name in optimizers)
@@ -306,7 +306,7 @@ def test_killed_at_any_time_a_run_takes_its_processes_along_and_goes_on(tmp_path
         assert_no_process_is_left(process.pid)
         saved = checkpoint(run_dir)["iteration"]
         assert len(rows) <= saved <= len(progress(run_dir))
-        args, rows = ppo.load_args(str(run_dir)), progress(run_dir)[:saved]
+        args, rows = ppo.load_args(run_dir), progress(run_dir)[:saved]
     resume(ppo, run_dir, total_timesteps=checkpoint(run_dir)["step"] + 100)
     assert progress(run_dir)[: len(rows)] == rows
     assert_whole(run_dir)

@@ -50,7 +50,7 @@ STYLE = """
 :root { color-scheme: light dark } svg { max-width: 100% }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif }
 h1, h2, h3, p, figure { margin: 16px 16px 8px } h1 { font-size: 22px } h2 { font-size: 18px }
-article { max-width: 900px; margin: auto; overflow-wrap: break-word } a { color: var(--blue) }
+article { max-width: 900px; overflow-wrap: break-word } h3 { font-size: 16px } a { color: var(--blue) }
 pre, p code, li code { background: var(--bar); font-size: 14px } pre { padding: 8px 16px; overflow: auto }
 summary { padding: 4px 16px; background: var(--bar); color: var(--soft); font-size: 14px; cursor: pointer }
 :focus-visible, .change:focus { outline: 3px solid var(--blue); outline-offset: -2px }
@@ -184,7 +184,7 @@ def main(args):
         text, depth = "[TOC]\n" + text.split("\n", 1)[1], {"toc": {"toc_depth": 2}}
         text = markdown(text, extensions=["fenced_code", "toc"], extension_configs=depth)
         pages["derivations.html"] = "Derivations", home, f"<article>{text}</article>"
-        link, svg = 'Every arrow leads to a diff · <a href="derivations.html">derivations</a>', family(edges)
+        link, svg = 'Click an arrow for its diff · <a href="derivations.html">derivations</a>', family(edges)
         pages["index.html"] = "Policy gradients, one file each", link, f"<figure>{svg}</figure>"
         Path(path.parent, "family.svg").write_text(svg, "utf-8")
     for name, (title, intro, html) in pages.items():
