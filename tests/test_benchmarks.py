@@ -1,6 +1,7 @@
 """benchmarks/: what is stored, what is trained again, and tables that say what is stored."""
 
 import csv
+import functools
 import itertools
 import json
 import os
@@ -66,7 +67,8 @@ def test_runs_are_stored_when_they_end_and_ctrl_c_ends_the_others(tmp_path):
     command = f"--commands {tmp_path}/commands.ini --results {tmp_path} --seeds 7 --jobs 3".split()
     command = [sys.executable, "benchmarks/run.py", *command, "--scripts", "a3c_nstep", "ppo", "vpg_gae"]
     environment, path = {**os.environ, "TMPDIR": str(tmp_path)}, tmp_path / "matrix.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # may be off
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=ctrl_c)
 
     def processes():  # told by their environment
         every = subprocess.run(["ps", "axeww"], capture_output=True, text=True).stdout
