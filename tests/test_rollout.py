@@ -69,13 +69,14 @@ def test_reset_seeds_the_environments_and_the_sampling_by_seed_and_iteration(mod
 @pytest.mark.parametrize("env_id", ["Counter-v0", "MatrixAction-v0"])
 def test_a_rollout_builds_no_graph_and_what_it_returns_can_be_differentiated_through_a_policy(env_id):
     """Actions are sampled in inference mode, whose tensors autograd refuses."""
-    envs, policy, *last = start(env_id)
+    envs, policy, *last, graphs = *start(env_id), []
+    policy.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     for _ in range(2):  # the second starts from what the first returned
         obs, actions, *_, dones, valid = batch = ppo.rollout(envs, policy, *last, 3)
         assert not any(x.is_inference() or x.requires_grad for x in batch) and torch.is_grad_enabled()
         policy(obs[:-1]).log_prob(actions).sum().backward()
         last = obs[-1], dones[-1]
-    assert policy.net[-1].bias.grad.abs().max() > 0
+    assert policy.net[-1].bias.grad.abs().max() > 0 and graphs == 2 * [False, False, False, True]
 
 
 @pytest.mark.parametrize("name", "Dict Tuple Discrete Matrix Scalar Byte".split())

@@ -6,7 +6,7 @@ All against explicit matrices, or the enumerated MDPs of tabular.py.
 import copy
 import importlib
 import itertools
-import math
+from math import inf, isfinite, nan
 
 import numpy as np
 import pytest
@@ -20,7 +20,6 @@ import trpo
 from npg import Policy, conjugate_gradient, fisher_vector_product, flat_grad, natural_step_size
 
 OBS_SPACE = Box(-1, 1, (3,))
-NAN = math.nan
 
 
 @pytest.fixture(params=["npg", "trpo"])
@@ -137,8 +136,8 @@ SEARCHES = {  # (loss, kl) at every try, where the loss before is 0 and max_kl 0
     "better, but too far": ([(-1.0, 0.0301), GOOD], 1),
     "near, but not better": ([(0.1, 0.01), (0.0, 0.01), GOOD], 2),
     "either alone": ([(-1.0, 0.04), (1.0, 0.01), (-1.0, 0.04), (1.0, 0.01)], None),
-    "not a number": ([(NAN, 0.01), (-1.0, NAN), (-1.0, math.inf), GOOD], 3),
-    "never a number": ([(NAN, NAN)] * 4, None),
+    "not a number": ([(nan, 0.01), (-1.0, nan), (-1.0, inf), GOOD], 3),
+    "never a number": ([(nan, nan)] * 4, None),
     "only after the last": ([(1.0, 0.0)] * 4 + [GOOD], None),
 }
 
@@ -225,7 +224,7 @@ def test_an_update_stays_in_the_region_or_where_it_was(script, space, extremes, 
         stays = torch.equal(vector_of(policy), before)
         assert vector_of(policy).isfinite().all() and (stays or (space != Discrete(1) and scale))
         if script is trpo:
-            assert metrics["accepted"] != stays and all(math.isfinite(x) for x in metrics.values())
+            assert metrics["accepted"] != stays and all(isfinite(x) for x in metrics.values())
             assert metrics["kl"] <= args.max_kl * (1 + 1e-4) + 1e-6
 
 
