@@ -439,10 +439,11 @@ class Run:
         return self
 
     def __exit__(self, *_):
-        for resource in (self.bar, self.writer, self.progress):
+        self.bar.close()
+        print(f"{self.step} steps in {self.seconds:.1f} s; to go on: --resume {self.dir}")
+        for resource in (self.writer, self.progress):
             resource.close()
         self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})  # or Ctrl-C did
-        print(f"{self.step} steps in {self.seconds:.1f} s; to go on: --resume {self.dir}")
 
     def log(self, steps, returns, metrics):
         """End an iteration of so many steps, in which episodes of these raw returns ended.
