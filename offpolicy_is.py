@@ -297,11 +297,12 @@ def rollout_episodes(envs, policy, obs, max_episode_steps):
         env_action = action.cpu().numpy().reshape(envs.action_space.shape)
         next_obs, reward, terminated, truncated, _ = envs.step(env_action)
         outcome = np.where(running, reward, 0), running
-        steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
-        if not obs.isfinite().all():
+        steps.append((obs, action, *(torch.as_tensor(x, device=obs.device) for x in outcome)))
+        next_obs = next_obs.astype(np.float32)  # a copy: an environment may use its array again
+        if not np.isfinite(next_obs).all():
             raise FloatingPointError(f"not finite: an observation, {next_obs}")
-        running &= ~(terminated | truncated)
+        obs = torch.as_tensor(next_obs, device=obs.device)
+        running = running & ~(terminated | truncated)
     obs, actions, rewards, valid = map(torch.stack, zip(*steps))
     return obs, actions, rewards.float(), valid
 

@@ -327,9 +327,10 @@ def rollout(envs, policy, obs, done, num_steps):
             action = policy(obs).sample()
         next_obs, *outcome, _ = envs.step(action.cpu().numpy().reshape(envs.action_space.shape))
         steps.append((obs, action, *(torch.tensor(x, device=obs.device) for x in outcome)))
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=obs.device)
-        if not obs.isfinite().all():
+        next_obs = next_obs.astype(np.float32)  # a copy: an environment may use its array again
+        if not np.isfinite(next_obs).all():
             raise FloatingPointError(f"not finite: an observation, {next_obs}")
+        obs = torch.as_tensor(next_obs, device=obs.device)
     all_obs, actions, rewards, terminations, truncations = map(torch.stack, zip(*steps))
     dones = terminations | truncations
     valid = ~torch.cat([done[None], dones[:-1]])
