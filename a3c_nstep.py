@@ -170,9 +170,9 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
     envs = make_envs(args)
-    policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std)
-    value = Value(envs.single_observation_space)
-    reward_scale = RewardScale(args.num_envs, args.gamma)
+    policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std).to(args.device)
+    value = Value(envs.single_observation_space).to(args.device)
+    reward_scale = RewardScale(args.num_envs, args.gamma).to(args.device)
     shared = nn.ModuleDict(dict(policy=policy, value=value, reward_scale=reward_scale))
     shared["policy_square_avgs"] = nn.ParameterList(map(torch.zeros_like, policy.parameters()))
     shared["value_square_avgs"] = nn.ParameterList(map(torch.zeros_like, value.parameters()))
@@ -435,7 +435,8 @@ class Run:
         print(f"{self.step} steps in {self.seconds:.1f} s; to go on: --resume {self.dir}")
         for resource in (self.writer, self.progress):
             resource.close()
-        self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})  # or Ctrl-C did
+        # processes of environments get a Ctrl-C, too: they may no longer answer
+        self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})
 
     def log(self, steps, returns, metrics):
         """End an iteration of so many steps, in which episodes of these raw returns ended.

@@ -383,7 +383,8 @@ class Run:
         print(f"{self.step} steps in {self.seconds:.1f} s; to go on: --resume {self.dir}")
         for resource in (self.writer, self.progress):
             resource.close()
-        self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})  # or Ctrl-C did
+        # processes of environments get a Ctrl-C, too: they may no longer answer
+        self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})
 
     def log(self, steps, returns, metrics):
         """End an iteration of so many steps, in which episodes of these raw returns ended.

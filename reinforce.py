@@ -1,8 +1,7 @@
 """REINFORCE: the Monte Carlo policy gradient.
 
     G_t = r_t + gamma G_{t+1}                                                the reward-to-go
-    g   = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) G_0               one step per N whole episodes
-       or 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) G_t               credit for what comes after a_t
+    g   = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) G_0 (or G_t)      one step per N whole episodes
 
 An episode ends where the environment ends it: a time limit is part of this finite-horizon objective, and
 nothing bootstraps past it.
@@ -312,7 +311,8 @@ class Run:
         print(f"{self.step} steps in {self.seconds:.1f} s; to go on: --resume {self.dir}")
         for resource in (self.writer, self.progress):
             resource.close()
-        self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})  # or Ctrl-C did
+        # processes of environments get a Ctrl-C, too: they may no longer answer
+        self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})
 
     def log(self, steps, returns, metrics):
         """End an iteration of so many steps, in which episodes of these raw returns ended.
