@@ -370,11 +370,12 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self.bar.close()
         print(f"{self.step} steps in {self.seconds:.1f} s; to go on: --resume {self.dir}")
-        for resource in (self.writer, self.progress):
-            resource.close()
+        self.progress.close()
+        if not error:  # a Ctrl-C inside the writer leaves it locked: it would wait for ever
+            self.writer.close()
         # processes of environments get a Ctrl-C, too: they may no longer answer
         self.envs.close(**{"terminate": True} if self.args.vectorization == "async" else {})
 

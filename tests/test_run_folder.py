@@ -339,6 +339,22 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert "steps/s, episodic_return=" in interrupt(ppo, tmp_path, "--vectorization", "async")
 
 
+def ctrl_c_in_the_writer(args):
+    def log(run, *_):
+        run.writer.file_writer.event_writer._async_writer._lock.acquire()
+        raise KeyboardInterrupt
+
+    ppo.Run.log = log
+    ppo.train(args)
+
+
+def test_ctrl_c_in_the_writer_of_events_ends_a_run(tmp_path):
+    process = FORK.Process(target=ctrl_c_in_the_writer, args=[tiny(ppo, tmp_path)], daemon=True)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 1
+
+
 def test_a_pool_over_seeds(tmp_path):
     with FORK.Pool(2) as pool:
         results = pool.map_async(ppo.train, [tiny(ppo, tmp_path, seed=seed) for seed in (1, 2, 3)]).get(60)
