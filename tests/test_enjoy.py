@@ -1,9 +1,11 @@
 """tools/enjoy.py plays the policy that was trained, as it was trained."""
 
 import importlib
+import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -66,12 +68,86 @@ def test_deterministic_returns_are_those_of_a_hand_rollout_with_the_trained_poli
 
 @pytest.mark.parametrize("env_id", ["Discrete-v0", "Matrix-v0"])
 def test_observations_are_flat_and_actions_in_their_space_as_in_training(env_id, play, tmp_path):
-    lines = play(train(tmp_path, env_id).run_dir, "--episodes", 2)  # Sampler refuses an action that is not
-    assert lines == [*(f"episode {i}: return 0, length 5" for i in (1, 2)), "mean 0 +- 0 over 2 episodes"]
+    run_dir = train(tmp_path, env_id).run_dir
+    lines = play(run_dir, "--episodes", 2)  # Sampler refuses an action that is not
+    assert lines[:2] == ["episode 1: return 0, length 5", "episode 2: return 0, length 5"]
+
+    policy, env = enjoy.load(run_dir)
+    obs, ends = env.reset(seed=1)[0], []
+    assert obs in env.observation_space and obs.shape == (7,) and not policy.training
+    while len(ends) < 5:
+        obs, reward, terminated, truncated, _ = env.step(policy(torch.from_numpy(obs)).mode)
+        ends.append((type(reward), terminated, truncated))
+    assert ends == 4 * [(float, False, False)] + [(float, False, True)]
+
+
+def test_a_recurrent_policy_gets_its_state_back_and_zeros_with_each_episode(tmp_path):
+    _, env = enjoy.load(train(tmp_path, "Discrete-v0").run_dir)
+    states = []
+
+    def policy(obs, valid, state):
+        states.append(state.unique().item())
+        return torch.distributions.Categorical(logits=torch.zeros(1, 1, 2)), state + 1
+
+    policy.lstm = torch.nn.LSTM(3, 3)
+    enjoy.play(env, policy, enjoy.Args("", episodes=2))
+    assert states == 2 * [0, 1, 2, 3, 4]
+
+
+def edited(path):
+    """A copy of ppo.py whose policy always takes action 1."""
+    source = Path(ppo.__file__).read_text()
+    net = "Categorical(logits=self.net(obs)"
+    assert net in source
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source.replace(net, "Categorical(logits=self.net(obs) + torch.tensor([0, 1e6])"))
+
+
+def test_the_script_is_found_beside_the_run_here_by_its_path_and_then_in_the_repository(
+    play, tmp_path, monkeypatch
+):
+    run_dir, other = train(tmp_path / "a/runs").run_dir, tmp_path / "other/mine.py"
+    falls = ["8", "9", "10", "11"]  # steps in which a push to one side ends an episode
+
+    def always_right(*argv):
+        return all(line.split()[-1] in falls for line in play(run_dir, "--episodes", 3, *argv)[:-1])
+
+    assert not always_right()
+    edited(other)
+    assert always_right("--script", other) and not always_right()
+    edited(tmp_path / "here/ppo.py")
+    monkeypatch.chdir(tmp_path / "here")
+    assert always_right() and not always_right("--script", ppo.__file__)
+    monkeypatch.chdir(tmp_path)
+    assert not always_right()
+    edited(tmp_path / "a/ppo.py")
+    assert always_right()
+
+
+def test_output_has_the_returns_and_the_interval(play, tmp_path):
+    mean, deviation, low, high = enjoy.summarize(list(range(100)))
+    assert (mean, deviation) == pytest.approx((49.5, 841.667**0.5), rel=1e-5)
+    assert (low, high) == pytest.approx((49.5 - 1.96 * 2.887, 49.5 + 1.96 * 2.887), abs=0.2)
+
+    run_dir, file = train(tmp_path).run_dir, tmp_path / "result.json"
+    lines = play(run_dir, "--episodes", 3, "--seed", 7, "--deterministic", "--output", file)
+    result = json.loads(file.read_text())
+    assert result["returns"] == returns_in(lines) == result["lengths"]  # on CartPole-v1
+    mean, deviation, *interval = enjoy.summarize(result["returns"])
+    low, high = interval
+    assert (
+        lines[-1] == f"mean {mean:g}, deviation {deviation:g}, 95% interval of the mean {low:g} to {high:g}"
+    )
+    expected = dict(mean=mean, deviation=deviation, interval=interval, run_dir=str(run_dir), seed=7)
+    assert result == result | expected | {"deterministic": True}
+
+    play(run_dir, "--episodes", 1, "--output", file)
+    one = json.loads(file.read_text())
+    assert (one["deviation"], one["interval"], len(one["returns"])) == (None, None, 1)
 
 
 CHANGES = {
-    "environments.py, which is not in": {
+    "environments.py: say by --script": {
         "args": {"script": "../tests/environments", "env_id": "CartPole-v1"}
     },
     "is not a run folder": {"args": {}},
@@ -95,7 +171,6 @@ def test_the_command_shows_and_films_the_same_episodes(tmp_path, play, monkeypat
     lines = done.stdout.splitlines()
     returns = returns_in(lines)
     assert done.stderr == "" and len(returns) == 2 and lines == play(run_dir, "--episodes", 2)
-    assert lines[-1] == f"mean {np.mean(returns):g} +- {np.std(returns):g} over 2 episodes"
 
     monkeypatch.setattr(sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
