@@ -12,12 +12,13 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import plot, run
+from benchmarks import plot, run, speed
 
 ROOT = Path(__file__).parent.parent
 RESULTS, TABLE = ROOT / "benchmarks" / "results", run.read_commands(run.Args().commands)
@@ -159,3 +160,69 @@ def test_figures_and_sections_are_made_from_the_stored_runs(tmp_path):
     assert text.startswith("before <!-- results -->\n|  | `reinforce` | ")
     assert text.endswith(" |\n<!-- /results --> after") and "old" not in text
     assert {x.name for x in tmp_path.glob("figures/*")} == {"learning_curves.svg", "profile.svg"}
+
+
+CLEANRL = """
+import sys
+import gymnasium as gym
+
+class OneStep(gym.Env):  # the return of episode k is k
+    action_space = observation_space = gym.spaces.Discrete(2)
+    episode = 0
+    def reset(self, **kwargs):
+        self.episode += 1
+        return 0, {}
+    def step(self, action):
+        return 0, float(self.episode), True, False, {}
+
+env = gym.wrappers.RecordEpisodeStatistics(OneStep())
+for _ in range(98 + int(sys.argv[sys.argv.index("--seed") + 1])):
+    env.reset()
+    env.step(0)
+print("SPS: 5")
+print("SPS: 0.5")
+"""
+
+
+def compare(tmp_path, capsys, **changes):
+    """The cells of the table of speed.py, row by row, with the script above as CleanRL's ppo.py."""
+    (tmp_path / "cleanrl").mkdir()
+    (tmp_path / "cleanrl" / "ppo.py").write_text(CLEANRL)
+    speed.main(speed.Args(cleanrl=tmp_path, **changes))
+    rows = capsys.readouterr().out.split("\n|")[3:]
+    return [[cell.strip() for cell in row.strip("|\n").split("|")] for row in rows]
+
+
+def test_solved_is_when_the_mean_of_100_whole_episodes_is_at_the_threshold(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "PEERS", {})
+    # 50.5 is the mean of 1 to 100: seed 1 ends an episode before, and ours is there soon
+    ours, cleanrl = compare(tmp_path, capsys, solve=True, threshold=50.5, repeats=2)
+    assert ours[0] == "ppo.py" and ours[2] == ours[4] == "1.0"
+    whole, training = (float(cell.split()[0]) for cell in (ours[1], ours[3]))
+    assert training < whole < 100
+    assert cleanrl[0] == "CleanRL's ppo.py" and cleanrl[2] == cleanrl[4] == "inf"
+    assert re.fullmatch(r"inf \(\d+\.\d-inf\), 1 of 2 not solved", cleanrl[1])
+    with pytest.raises(RuntimeError, match="does not record its episodes"):
+        speed.measure(["-c", "pass"], "gymnasium.wrappers.RecordEpisodeStatistics", speed.Args(solve=True))
+
+
+def test_steps_per_second_of_every_side(tmp_path, capsys):
+    ours, cleanrl, *peers = compare(tmp_path, capsys, total_timesteps=500, repeats=1)
+    assert ours[0].startswith("ppo.py --num-envs 4 --num-steps 128 ")
+    assert cleanrl[:2] == ["CleanRL's ppo.py", "0.5 (0.5-0.5)"]
+    steps = [float(row[1].split()[0].replace(",", "")) for row in (ours, *peers)]
+    assert float(cleanrl[2]) == pytest.approx(2 * steps[0], rel=0.01) and min(steps) > 0.5
+    assert [row[0] for row in peers] == ["stable_baselines3.PPO"] * bool(find_spec("stable_baselines3"))
+
+
+def test_the_sides_of_a_comparison(tmp_path):
+    def names(script, **changes):
+        every = [*speed.sides(script, 3, speed.Args(cleanrl=tmp_path, **changes))]
+        assert all(command[0] == "-c" or {"--seed", "3"} <= {*command} for _, command, _ in every)
+        return [name for name, *_ in every if name not in ("stable_baselines3.PPO", "stable_baselines3.A2C")]
+
+    for own in ({"defaults": True}, {"solve": True}):
+        assert names("ppo", env_id="Pendulum-v1", **own)[1:] == ["CleanRL's ppo_continuous_action.py"]
+        assert names("vpg_gae", **own) == ["vpg_gae.py"]
+    assert names("npg", against=tmp_path) == [f"npg.py {speed.SIZES['npg']}", str(tmp_path / "npg.py")]
+    assert names("ppo", against=tmp_path, solve=True) == ["ppo.py", str(tmp_path / "ppo.py")]
