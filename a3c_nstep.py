@@ -57,7 +57,7 @@ class Args:
     num_envs: PositiveInt = 1  # N, environments that a worker steps in parallel
     num_steps: TwoOrMore = 20  # T = n, steps per environment between updates
     vectorization: Literal["auto", "sync"] = "sync"  # auto: the environment's own, else sync
-    gamma: UnitInterval = 0.99  # discount factor
+    gamma: UnitInterval = 0.995  # discount factor
     value_epochs: PositiveInt = 1  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 1  # minibatches per pass of the value function
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
@@ -65,7 +65,7 @@ class Args:
     anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    init_std: PositiveFloat = 1.0  # standard deviation that Gaussian actions begin with
+    init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
     normalize_advantages: bool = False  # zero mean and unit standard deviation over each rollout
     device: Literal["cpu"] = "cpu"  # where the networks are
     torch_threads: PositiveInt = 1  # more than 1 makes small networks slower
@@ -358,6 +358,8 @@ def make_envs(args):
         raise ValueError(f"{args.env_id} must reset on the step after an end (next-step autoreset)")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
+        if gym.spaces.flatdim(obs_space) > 5_000:
+            gym.logger.warn(f"{args.env_id}: images go flat into an MLP; docs/recipes.md has a CNN")
     if not discrete:
         return wrappers.ClipAction(envs)
     start = action_space.start

@@ -265,6 +265,8 @@ def make_envs(args):
         raise ValueError(f"{args.env_id} must reset on the step after an end (next-step autoreset)")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
+        if gym.spaces.flatdim(obs_space) > 5_000:
+            gym.logger.warn(f"{args.env_id}: images go flat into an MLP; docs/recipes.md has a CNN")
     if not discrete:
         return wrappers.ClipAction(envs)
     start = action_space.start

@@ -49,10 +49,10 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; Discrete or Box actions
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 200_000  # environment steps to train for; the last iteration is finished
-    num_envs: PositiveInt = 32  # N, environments stepped in parallel
-    num_steps: TwoOrMore = 32  # T, steps per environment between updates
+    num_envs: PositiveInt = 8  # N, environments stepped in parallel
+    num_steps: TwoOrMore = 128  # T, steps per environment between updates
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
-    gamma: UnitInterval = 0.99  # discount factor
+    gamma: UnitInterval = 0.995  # discount factor
     gae_lambda: UnitInterval = 0.95  # of the advantages: 0 is the TD error, 1 the Monte Carlo return minus V
     value_lambda: UnitInterval = 0.95  # of V's targets: 0 is r + gamma V(s'), 1 the Monte Carlo return
     max_kl: PositiveFloat = 0.03  # KL(pi_old || pi) of a step to second order, damping counted in: above F's
@@ -62,12 +62,12 @@ class Args:
     backtrack_coef: UnitInterval = 0.8  # beta, what each backtrack of the line search shortens the step by
     max_backtracks: PositiveInt = 10  # tries before the step is given up
     value_epochs: PositiveInt = 4  # passes of the value function over each rollout
-    num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
+    num_minibatches: PositiveInt = 8  # minibatches per pass of the value function
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
-    anneal_lr: bool = True  # let V's learning rate fall linearly to 0; the policy's step is as long as max_kl
+    anneal_lr: bool = True  # let max_kl and V's learning rate fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients of V are scaled down to this
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    init_std: PositiveFloat = 1.0  # standard deviation that Gaussian actions begin with
+    init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
     normalize_advantages: bool = True  # zero mean and unit standard deviation over each rollout
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks are; environments always run on the CPU
     torch_threads: PositiveInt = 1  # more than 1 makes small networks slower
@@ -146,7 +146,7 @@ def natural_step_size(g, direction, max_kl):
     return (2 * max_kl / (g @ direction).clamp_min(1e-30)).sqrt()
 
 
-def natural_step(policy, params, obs, loss, args):
+def natural_step(policy, params, obs, loss, max_kl, args):
     """The step up the natural gradient F^-1 g, g = -grad loss, that is max_kl long -> (P,)"""
     g = -flat_grad(loss, params)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def natural_step(policy, params, obs, loss, args):
     grad_kl = flat_grad(kl_divergence(old_dist, policy(obs)).mean(), params, create_graph=True)
     matvec = partial(fisher_vector_product, grad_kl, params, damping=args.damping)
     direction = conjugate_gradient(matvec, g, args.cg_iters, args.cg_tol)
-    return natural_step_size(g, direction, args.max_kl) * direction
+    return natural_step_size(g, direction, max_kl) * direction
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def line_search(evaluate, params, step, max_kl, backtrack_coef, max_backtracks):
     return False
 
 
-def update_policy(policy, obs, actions, advantages, args):
+def update_policy(policy, max_kl, obs, actions, advantages, args):
     """One step up the natural gradient; returns what to log."""
     with torch.no_grad():
         old_dist = policy(obs)
@@ -188,8 +188,8 @@ def update_policy(policy, obs, actions, advantages, args):
 
     loss, _ = evaluate()
     params = list(policy.parameters())
-    step = natural_step(policy, params, obs, loss, args)
-    accepted = line_search(evaluate, params, step, args.max_kl, args.backtrack_coef, args.max_backtracks)
+    step = natural_step(policy, params, obs, loss, max_kl, args)
+    accepted = line_search(evaluate, params, step, max_kl, args.backtrack_coef, args.max_backtracks)
     with torch.no_grad():
         dist = policy(obs)
     metrics = {"policy_loss": loss.detach(), "entropy": dist.entropy().mean()}
@@ -232,6 +232,7 @@ def train(args):
         next_obs, next_done = reset(envs, args, run.iteration)
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+            max_kl = args.max_kl * remaining
             value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * remaining
 
             batch = rollout(envs, policy, next_obs, next_done, args.num_steps)
@@ -247,7 +248,7 @@ def train(args):
             # (T, N, ...) -> (B, ...), dropping the reset steps
             b_obs, b_actions, b_returns = obs[:-1][valid], actions[valid], returns[valid]
             b_advantages = normalize(advantages[valid]) if args.normalize_advantages else advantages[valid]
-            metrics = update_policy(policy, b_obs, b_actions, b_advantages, args)
+            metrics = update_policy(policy, max_kl, b_obs, b_actions, b_advantages, args)
             metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
             update_statistics(policy.net, b_obs)
             update_statistics(value.net, b_obs)
@@ -367,6 +368,8 @@ def make_envs(args):
         raise ValueError(f"{args.env_id} must reset on the step after an end (next-step autoreset)")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
+        if gym.spaces.flatdim(obs_space) > 5_000:
+            gym.logger.warn(f"{args.env_id}: images go flat into an MLP; docs/recipes.md has a CNN")
     if not discrete:
         return wrappers.ClipAction(envs)
     start = action_space.start

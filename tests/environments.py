@@ -123,6 +123,7 @@ for name, space in {
     "Matrix": Box(-1, 1, (3, 2)),
     "Scalar": Box(-1, 1, ()),
     "Byte": Box(0, 255, (4,), np.uint8),
+    "Image": Box(0, 255, (50, 50, 3), np.uint8),
     "Sequence": Sequence(Discrete(3)),
 }.items():
     register(f"{name}Obs-v0", Sampler, kwargs={"observation_space": space})

@@ -10,29 +10,50 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 A3C, BASELINE, KL_PENALTY = "a3c_nstep.py", "reinforce_baseline.py", "variants/ppo_kl_penalty.py"
+LSTM, MASKED = "variants/ppo_lstm.py", "variants/ppo_masked.py"
+ATARI, TORCHRUN = "variants/ppo_atari.py", "variants/ppo_torchrun.py"
 EPISODE = ["reinforce.py", BASELINE, "offpolicy_is.py"]
-NATURAL, PPO = ["npg.py", "trpo.py"], ["ppo.py", KL_PENALTY]
+NATURAL, PPO = ["npg.py", "trpo.py"], ["ppo.py", KL_PENALTY, LSTM, MASKED, ATARI, TORCHRUN]
 STEP = ["vpg_gae.py", *NATURAL, *PPO]
 ALL = [*EPISODE, *STEP, A3C]
-MODULES = [name.removesuffix(".py").replace("/", ".") for name in ALL]
+
+
+def but(scripts, *others):
+    return [name for name in scripts if name not in others]
+
+
+MODULES = but(ALL, ATARI, TORCHRUN)  # which need games, torchrun
+MODULES = [name.removesuffix(".py").replace("/", ".") for name in MODULES]
 
 # files in which the source of these is the same, decorators, comments and docstrings included
 SHARED = [
-    (ALL, "UnitInterval TwoOrMore TrainResult RunningNorm mlp update_statistics Policy make_envs reset"),
-    (ALL, "SCRIPT COUNTERS Run load_args"),
+    (ALL, "UnitInterval TwoOrMore TrainResult"),
+    (but(ALL, TORCHRUN), "RunningNorm"),
+    (but(ALL, ATARI), "mlp update_statistics reset"),
+    (but(ALL, LSTM, MASKED, ATARI), "Policy"),
+    (but(ALL, MASKED, ATARI), "make_envs"),
+    (ALL, "SCRIPT COUNTERS load_args"),
+    (but(ALL, TORCHRUN), "Run"),
     (EPISODE, "compute_returns policy_loss rollout_episodes"),
     (["reinforce.py", BASELINE], "update_policy"),
     (STEP, "compute_gae"),
-    ([*STEP, A3C], "RewardScale rollout"),
-    ([BASELINE, *STEP, A3C], "Value"),
-    ([*NATURAL, *PPO, A3C], "update_value"),  # vpg_gae.py: a proximal term; reinforce_baseline.py: V(s, t)
+    ([*STEP, A3C], "RewardScale"),
+    (but([*STEP, A3C], LSTM, ATARI), "rollout"),
+    (but([BASELINE, *STEP, A3C], LSTM, ATARI), "Value"),
+    # update_value: vpg_gae.py has a proximal term, reinforce_baseline.py V(s, t), ppo_lstm.py sequences
+    (but([*NATURAL, *PPO, A3C], LSTM, ATARI, TORCHRUN), "update_value"),
     (["vpg_gae.py", "npg.py", A3C], "policy_loss"),
-    ([name for name in ALL if name != "offpolicy_is.py"], "normalize"),
-    ([*EPISODE, *STEP], "gradient_step"),  # a3c_nstep.py: no step that is not finite
+    (["ppo.py", LSTM, MASKED, ATARI, TORCHRUN], "policy_loss"),
+    (["ppo.py", MASKED], "update_policy train"),
+    (but(ALL, "offpolicy_is.py", TORCHRUN), "normalize"),
+    (but([*EPISODE, *STEP], TORCHRUN), "gradient_step"),  # a3c_nstep.py: no step that is not finite
     (NATURAL, "flat_grad fisher_vector_product conjugate_gradient natural_step_size natural_step"),
 ]
 DIFFERENT_ON_PURPOSE = {"Args", "train", "update_policy", "update_value", "policy_loss", "gradient_step"}
+DIFFERENT_ON_PURPOSE |= {"Policy", "Value", "rollout", "make_envs"}  # in variants
+DIFFERENT_ON_PURPOSE |= {"RunningNorm", "normalize", "reset", "Run"}
 SECTIONS = ["the algorithm", "training", "networks", "data", "running"]
+PACKAGES = '"torch>=2.6,<2.14", "gymnasium>=1.1,<2", "pydantic", "tyro>=1.0.16", "tensorboard", "tqdm"'
 IMPORTS = {  # lines that not all files have
     "from functools import partial": NATURAL,
     "from torch.distributions.kl import kl_divergence": STEP,
@@ -40,6 +61,18 @@ IMPORTS = {  # lines that not all files have
     "from contextlib import closing": [A3C],
     "from queue import Empty": [A3C],
     "import torch.multiprocessing as mp": [A3C],
+    "import os": [TORCHRUN],
+    "from datetime import datetime": but(ALL, TORCHRUN),
+    "from torch.distributions import Categorical": [ATARI],
+    "from torch.distributions import Categorical, Independent, Normal": but(ALL, ATARI),
+    "try:": [ATARI],
+    "    import ale_py": [ATARI],
+    "except ImportError as error:": [ATARI],
+    '    raise ImportError("Atari games need ale-py: pip install ale-py") from error': [ATARI],
+    f"# dependencies = [{PACKAGES}]": but(ALL, ATARI),
+    "# dependencies = [": [ATARI],
+    f'#     {PACKAGES}, "ale-py",': [ATARI],
+    "# ]": [ATARI],
 }
 BUDGETS = [
     ("reinforce.py", BASELINE, 105),
@@ -48,6 +81,10 @@ BUDGETS = [
     ("npg.py", "trpo.py", 55),
     ("vpg_gae.py", "ppo.py", 55),
     ("ppo.py", KL_PENALTY, 70),
+    ("ppo.py", LSTM, 110),
+    ("ppo.py", MASKED, 60),
+    ("ppo.py", ATARI, 205),
+    ("ppo.py", TORCHRUN, 75),
     ("vpg_gae.py", A3C, 186),
 ]
 
@@ -86,7 +123,7 @@ def common(source):
         source.split('\n"""\n', 1)[1].split("\n\n\n@dataclass\n")[0],
         source.split("\n\n\nif __name__")[1],
     )
-    return [line for line in top.splitlines() if line not in IMPORTS] + [end]
+    return [line for line in top.splitlines() if line and line not in IMPORTS] + [end]
 
 
 def test_the_comparison_sees_decorators_docstrings_comments_and_constants():
@@ -130,7 +167,9 @@ def test_anatomy_of_a_script(script):
     source = read(script)
     assert re.findall(r"^# -{70,} (.+)$", source, re.MULTILINE) == SECTIONS
     assert [line for line in source.splitlines() if len(line) > 110] == []
-    assert f"    python {script} --env-id CartPole-v1\n" in source.split('"""')[1]
+    env_id = {MASKED: "Taxi-v4", ATARI: "ALE/Pong-v5"}.get(script, "CartPole-v1")
+    usage = rf"^    (python|torchrun .+) {script} --env-id {env_id}$"
+    assert re.search(usage, source.split('"""')[1], re.MULTILINE)
     assert not re.search(r"sys\.exit|SystemExit|\bsignal\b|threading|getattr\(args", source)
     local = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()} | {""}
     assert not local & {module.split(".")[0] for module in imports(source)}

@@ -20,7 +20,7 @@ REFUSED = [  # environments; more that make_envs refuses: test_rollout.py
     ("CartPoel-v1", gym.error.NameNotFound, "Did you mean: `CartPole`"),
     ("CartPole-v99", gym.error.VersionNotFound, "v1"),
     ("no_such_module:Some-v0", ModuleNotFoundError, "no_such_module"),
-    ("DictAction-v0", ValueError, r"takes Dict\(.*\): actions must be Discrete or a Box of floats"),
+    ("DictAction-v0", ValueError, r"takes Dict\(.*\): actions must be .*Discrete or .*Box"),
 ]
 
 
@@ -83,7 +83,8 @@ def test_train_refuses_before_a_folder_is_made(script, env_id, error, words, tmp
         torch.distributions.Normal(0.0, -1.0)
     if not torch.cuda.is_available() and script.__name__ != "a3c_nstep":
         with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
-            script.train(dataclasses.replace(args, env_id="CartPole-v1", device="cuda"))
+            unmasked = {"mask": False} if hasattr(args, "mask") else {}
+            script.train(dataclasses.replace(args, env_id="CartPole-v1", device="cuda", **unmasked))
     assert list(tmp_path.iterdir()) == []
 
 

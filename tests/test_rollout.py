@@ -89,6 +89,11 @@ def test_observations_are_flattened_as_gymnasium_does(name):
     assert ppo.Value(envs.single_observation_space)(obs).shape == (7, 3)
 
 
+def test_an_image_is_flattened_with_a_warning_that_names_the_recipe():
+    with pytest.warns(UserWarning, match="ImageObs-v0: images go flat .* docs/recipes.md"):
+        assert start("ImageObs-v0")[2].shape == (4, 7500)
+
+
 @pytest.mark.parametrize("name, size", [("Matrix", 6), ("Scalar", 1), ("Double", 2)])
 def test_box_actions_are_stored_as_they_are_and_clipped_for_the_environment(name, size):
     envs, policy, obs, done = start(f"{name}Action-v0", num_envs=3, init_std=4.0)

@@ -26,7 +26,7 @@ from test_copies import MODULES
 
 import ppo
 
-FORK = multiprocessing.get_context("forkserver")
+FORK = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 
 
 @pytest.fixture(params=MODULES[:-1])  # a3c_nstep.py: test_a3c.py
@@ -36,7 +36,13 @@ def script(request):
 
 def tiny(script, runs_dir, **changes):
     """Arguments of a run of a few iterations; what the script does not have is left out."""
-    sizes = {"env_id": "environments:test/Random-v0", "num_envs": 4, "num_steps": 8, "total_timesteps": 160}
+    sizes = {
+        "env_id": "environments:test/Random-v0",
+        "num_envs": 4,
+        "num_steps": 8,
+        "total_timesteps": 160,
+        "mask": False,
+    }
     args = {**sizes, "runs_dir": str(runs_dir), **changes}
     return script.Args(**{name: args[name] for name in script.Args.__dataclass_fields__ if name in args})
 

@@ -169,7 +169,7 @@ def test_an_update_is_the_natural_gradient_step_of_explicit_matrices(script, sma
     obs, advantages = torch.randn(30, 3).double(), torch.randn(30).double()
     actions, old = small_policy(obs).sample(), copy.deepcopy(small_policy)
     args = script.Args(max_kl=1e-4, cg_iters=300, cg_tol=1e-10, damping=0.01, ent_coef=ent_coef)
-    metrics = script.update_policy(small_policy, obs, actions, advantages, args)
+    metrics = script.update_policy(small_policy, args.max_kl, obs, actions, advantages, args)
 
     dist = old(obs)
     loss = -(dist.log_prob(actions) * advantages).mean() - ent_coef * dist.entropy().mean()
@@ -187,7 +187,7 @@ def test_what_trpo_evaluates_is_the_surrogate_and_the_kl_to_the_old_policy(monke
     actions, old = small_policy(obs).sample(), copy.deepcopy(small_policy)(obs)
     monkeypatch.setattr(trpo, "line_search", lambda *args: (searches.append(args), False)[1])
     args = trpo.Args(ent_coef=0.1, max_kl=0.5, backtrack_coef=0.7, max_backtracks=3)
-    metrics = trpo.update_policy(small_policy, obs, actions, advantages, args)
+    metrics = trpo.update_policy(small_policy, args.max_kl, obs, actions, advantages, args)
     [(evaluate, params, step, *rest)] = searches
     assert rest == [0.5, 0.7, 3] and not metrics["accepted"]
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(params).detach() + step, params)
@@ -220,7 +220,7 @@ def test_an_update_stays_in_the_region_or_where_it_was(script, space, extremes, 
         actions, advantages = policy(obs).sample(), scale * torch.randn(rows)
         if policy.discrete:
             actions[0] = space.n - 1  # one that hardly ever happens
-        metrics = script.update_policy(policy, obs, actions, advantages, args)
+        metrics = script.update_policy(policy, args.max_kl, obs, actions, advantages, args)
         stays = torch.equal(vector_of(policy), before)
         assert vector_of(policy).isfinite().all() and (stays or (space != Discrete(1) and scale))
         if script is trpo:

@@ -117,11 +117,14 @@ def test_statistics_of_both_networks_change_after_both_updates_and_learning_rate
         updates = run.update_policy[k], run.update_value[k]
         for call, statistics, rate in zip(updates, run.update_statistics[2 * k :], (0.001, 0.002)):
             assert statistics.given[0] is call.given[0].net and call.args[-1] is run.args
-            if isinstance(call.args[1], tuple):  # npg.py and trpo.py have no optimizer of the policy
-                assert call.args[1][0] == pytest.approx(rate * (1 - step / 200 if annealed else 1))
+            remaining = 1 - step / 200 if annealed else 1
+            if isinstance(call.args[1], float):  # npg.py and trpo.py have no optimizer of the policy
+                assert call.args[1] == pytest.approx(run.args.max_kl * remaining)
+            else:
+                assert call.args[1][0] == pytest.approx(rate * remaining)
                 assert call.args[1][1] == {id(param) for param in call.given[0].parameters()}
         step += batch.valid.sum().item()
-    assert step > 200 and len(updates[0].args) == (5 if run.script.__name__ in ("npg", "trpo") else 6)
+    assert step > 200 and len(updates[0].args) == 6
 
 
 def test_what_is_logged_are_valid_steps_raw_returns_and_the_metrics_of_both_updates(run):

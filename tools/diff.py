@@ -33,6 +33,10 @@ EDGES = [  # from, to, idea; a file comes from the first that leads to it; depth
     ("npg.py", "trpo.py", "surrogate, line search"),
     ("vpg_gae.py", "ppo.py", "ratio, clip, epochs"),
     ("ppo.py", "variants/ppo_kl_penalty.py", "KL penalty for the clip"),
+    ("ppo.py", "variants/ppo_lstm.py", "memory"),
+    ("ppo.py", "variants/ppo_masked.py", "masks of actions"),
+    ("ppo.py", "variants/ppo_atari.py", "Atari games"),
+    ("ppo.py", "variants/ppo_torchrun.py", "many processes"),
     ("vpg_gae.py", "a3c_nstep.py", "asynchronous workers"),
     ("trpo.py", "ppo.py", "clip for line search"),
 ]
@@ -46,8 +50,7 @@ THEME = """
 svg { font: 13px system-ui, sans-serif; text-anchor: middle; background: var(--back); fill: var(--text) }
 a { fill: var(--blue) } rect { fill: var(--bar); stroke: var(--soft) } .c { fill: var(--soft) }
 path { fill: none; stroke: var(--soft); marker-end: url(#tip) }"""
-STYLE = """
-:root { color-scheme: light dark } svg { max-width: 100% }
+STYLE = """:root { color-scheme: light dark } svg { max-width: 100% }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif }
 h1, h2, h3, p, figure { margin: 16px 16px 8px } h1 { font-size: 22px } h2 { font-size: 18px }
 article { max-width: 900px; overflow-wrap: break-word } h3 { font-size: 16px } a { color: var(--blue) }
@@ -76,8 +79,7 @@ onkeydown = event => {  // from the change in focus, or else from the place in s
   const at = all.indexOf(document.activeElement), above = all.filter(x => x.offsetTop < scrollY + 99).length
   const next = all[at >= 0 ? at + step : step > 0 ? above : above - 1]
   if (!step || !next || event.ctrlKey || event.metaKey || event.altKey) return
-  location.replace("#" + next.firstChild.id)
-  next.focus({preventScroll: true})
+  location.replace("#" + next.firstChild.id); next.focus({preventScroll: true})
 }"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -169,8 +171,7 @@ def family(edges):
 
 def main(args):
     """Write the page of two scripts, or else the site, and open it."""
-    path = args.output if args.files else args.site / "index.html"
-    path = path or Path(tempfile.mkdtemp(), "diff.html")
+    path = (args.output if args.files else args.site / "index.html") or Path(tempfile.mkdtemp(), "diff.html")
     pages, edges, home = {}, [], "" if args.files else '<a href="index.html">the family</a>'
     for old, new, idea in [(*args.files, "")] if args.files else EDGES:
         html, number = compare(ROOT / old, ROOT / new) if home else compare(old, new)

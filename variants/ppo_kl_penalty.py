@@ -51,25 +51,25 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; Discrete or Box actions
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 200_000  # environment steps to train for; the last iteration is finished
-    num_envs: PositiveInt = 32  # N, environments stepped in parallel
-    num_steps: TwoOrMore = 32  # T, steps per environment between updates
+    num_envs: PositiveInt = 8  # N, environments stepped in parallel
+    num_steps: TwoOrMore = 128  # T, steps per environment between updates
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
-    gamma: UnitInterval = 0.99  # discount factor
+    gamma: UnitInterval = 0.995  # discount factor
     gae_lambda: UnitInterval = 0.95  # of the advantages: 0 is the TD error, 1 the Monte Carlo return minus V
     value_lambda: UnitInterval = 0.95  # of V's targets: 0 is r + gamma V(s'), 1 the Monte Carlo return
     target_kl: PositiveFloat = 0.01  # KL(pi_old || pi) of an update that the adaptive and the dual rule want
     kl_coef: NonNegativeFloat = 1.0  # beta, weight of the KL penalty, in the first update
     kl_rule: Literal["fixed", "adaptive", "dual"] = "adaptive"  # beta stays, doubles and halves, or climbs
     kl_learning_rate: PositiveFloat = 10.0  # step size of the dual rule
-    update_epochs: PositiveInt = 4  # K, passes of the policy over each rollout
+    update_epochs: PositiveInt = 5  # K, passes of the policy over each rollout
     value_epochs: PositiveInt = 4  # passes of the value function over each rollout
-    num_minibatches: PositiveInt = 4  # minibatches per pass
+    num_minibatches: PositiveInt = 8  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
     anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    init_std: PositiveFloat = 1.0  # standard deviation that Gaussian actions begin with
+    init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
     normalize_advantages: bool = True  # zero mean and unit standard deviation over each rollout
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks are; environments always run on the CPU
     torch_threads: PositiveInt = 1  # more than 1 makes small networks slower
@@ -327,6 +327,8 @@ def make_envs(args):
         raise ValueError(f"{args.env_id} must reset on the step after an end (next-step autoreset)")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
+        if gym.spaces.flatdim(obs_space) > 5_000:
+            gym.logger.warn(f"{args.env_id}: images go flat into an MLP; docs/recipes.md has a CNN")
     if not discrete:
         return wrappers.ClipAction(envs)
     start = action_space.start
