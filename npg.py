@@ -59,7 +59,7 @@ class Args:
     damping: NonNegativeFloat = 0.1  # multiple of the identity added to F
     cg_iters: PositiveInt = 10  # conjugate gradient iterations, at most
     cg_tol: NonNegativeFloat = 1e-5  # relative residual |F x - g| / |g| that ends them
-    value_epochs: PositiveInt = 4  # passes of the value function over each rollout
+    value_epochs: PositiveInt = 10  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 8  # minibatches per pass of the value function
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
     anneal_lr: bool = True  # let max_kl and V's learning rate fall linearly to 0 at total_timesteps

@@ -61,7 +61,7 @@ class Args:
     cg_tol: NonNegativeFloat = 1e-5  # relative residual |F x - g| / |g| that ends them
     backtrack_coef: UnitInterval = 0.8  # beta, what each backtrack of the line search shortens the step by
     max_backtracks: PositiveInt = 10  # tries before the step is given up
-    value_epochs: PositiveInt = 4  # passes of the value function over each rollout
+    value_epochs: PositiveInt = 10  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 8  # minibatches per pass of the value function
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
     anneal_lr: bool = True  # let max_kl and V's learning rate fall linearly to 0 at total_timesteps

@@ -51,10 +51,10 @@ class Args:
     gamma: UnitInterval = 0.995  # discount factor
     gae_lambda: UnitInterval = 0.95  # of the advantages: 0 is the TD error, 1 the Monte Carlo return minus V
     value_lambda: UnitInterval = 0.95  # of V's targets: 0 is r + gamma V(s'), 1 the Monte Carlo return
-    value_epochs: PositiveInt = 4  # passes of the value function over each rollout
+    value_epochs: PositiveInt = 10  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 8  # minibatches per pass of the value function
     value_prox_coef: NonNegativeFloat = 0.0  # kappa, holds V's parameters phi near those before its update
-    learning_rate: PositiveFloat = 1e-2  # policy learning rate
+    learning_rate: PositiveFloat = 6e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
     anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this

@@ -84,7 +84,7 @@ BUDGETS = [
     ("ppo.py", LSTM, 110),
     ("ppo.py", MASKED, 60),
     ("ppo.py", ATARI, 205),
-    ("ppo.py", TORCHRUN, 75),
+    ("ppo.py", TORCHRUN, 76),
     ("vpg_gae.py", A3C, 186),
 ]
 

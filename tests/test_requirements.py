@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from packaging.requirements import Requirement
-from test_copies import ALL, ROOT, imports
+from test_copies import ALL, ATARI, ROOT, imports
 
 tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
 
@@ -23,11 +23,13 @@ def test_a_header_names_what_is_imported_as_the_requirements_do(script):
     header = re.search(r"^# /// script$\n((?:^# .*$\n)+)^# ///$", source, re.MULTILINE).group(1)
     header = tomllib.loads(re.sub("^# ", "", header, flags=re.MULTILINE))
     dependencies, required = parse(header["dependencies"]), {}
-    for file in ["requirements.txt"] + tool * ["requirements-extras.txt"]:
+    for file in ["requirements.txt"] + (tool or script == ATARI) * ["requirements-extras.txt"]:
         required |= parse((ROOT / file).read_text().splitlines())
     assert dependencies.items() <= required.items()
 
-    packages = {module.split(".")[0] for module in imports(source)} - sys.stdlib_module_names
+    packages = {
+        module.split(".")[0].replace("_", "-") for module in imports(source)
+    } - sys.stdlib_module_names
     packages |= {"tensorboard"} | ({"tqdm", "pygame"} if tool else set())  # these are not imported by name
     assert set(dependencies) == packages - {"numpy"}  # which comes with gymnasium
 

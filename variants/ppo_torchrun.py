@@ -8,6 +8,7 @@
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv:1707.06347.
 Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", arXiv:1506.02438.
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarts meet old addresses: PyTorch issue 135712
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 variants/ppo_torchrun.py --env-id CartPole-v1
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id NAME ...
 
@@ -60,7 +61,7 @@ class Args:
     clip_coef: PositiveFloat = 0.2  # eps, the probability ratio is clipped to [1 - eps, 1 + eps]
     update_epochs: PositiveInt = 5  # K, passes of the policy over each rollout
     target_kl: PositiveFloat | None = None  # KL(pi_old || pi) above which no further pass follows
-    value_epochs: PositiveInt = 4  # passes of the value function over each rollout
+    value_epochs: PositiveInt = 10  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 8  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
