@@ -242,10 +242,12 @@ def test_a_worker_that_goes_wrong_ends_the_run_at_once(tmp_path, wrong):
         time.sleep(0.02)
 
 
+@runs.POSIX
 def test_ctrl_c_ends_all_processes(tmp_path):
     runs.interrupt(a3c_nstep, tmp_path, "--log-interval", "200")
 
 
+@runs.POSIX
 def test_a_killed_run_takes_its_workers_along_where_ctrl_c_is_off_too_and_goes_on(tmp_path):
     process = runs.command(a3c_nstep, tmp_path, "--log-interval", "200", ctrl_c=False)
     run_dir = runs.wait_for_rows(tmp_path, 3)

@@ -26,6 +26,7 @@ from test_copies import MODULES
 
 import ppo
 
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of POSIX")
 FORK = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 
 
@@ -301,6 +302,7 @@ def assert_no_process_is_left(group):
     raise AssertionError("a process is left")
 
 
+@POSIX
 def test_killed_at_any_time_a_run_takes_its_processes_along_and_goes_on(tmp_path):
     args, rows = tiny(ppo, tmp_path, total_timesteps=10**9, vectorization="async"), []
     for number in 2 * [signal.SIGTERM, signal.SIGKILL]:
@@ -341,6 +343,7 @@ def interrupt(script, runs_dir, *argv):
     return err
 
 
+@POSIX
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert "steps/s, episodic_return=" in interrupt(ppo, tmp_path, "--vectorization", "async")
 

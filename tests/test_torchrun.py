@@ -100,6 +100,7 @@ def worker(path):
     Path(path, f"done-{rank}.json").write_text(json.dumps(done))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of POSIX")
 def test_weights_are_equal_on_all_processes_and_a_killed_one_costs_nothing(tmp_path):
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(ppo.__file__).parent)])
     environment = {"PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
