@@ -56,7 +56,7 @@ class Args:
     clip_coef: PositiveFloat = 0.2  # eps, the probability ratio is clipped to [1 - eps, 1 + eps]
     update_epochs: PositiveInt = 5  # K, passes of the policy over each rollout
     target_kl: PositiveFloat | None = None  # KL(pi_old || pi) above which no further pass follows
-    value_epochs: PositiveInt = 10  # passes of the value function over each rollout
+    value_epochs: PositiveInt = 5  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 8  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate

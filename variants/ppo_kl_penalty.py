@@ -62,7 +62,7 @@ class Args:
     kl_rule: Literal["fixed", "adaptive", "dual"] = "adaptive"  # beta stays, doubles and halves, or climbs
     kl_learning_rate: PositiveFloat = 10.0  # step size of the dual rule
     update_epochs: PositiveInt = 5  # K, passes of the policy over each rollout
-    value_epochs: PositiveInt = 10  # passes of the value function over each rollout
+    value_epochs: PositiveInt = 5  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 8  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
