@@ -22,6 +22,7 @@ from benchmarks import plot, run, speed
 
 ROOT = Path(__file__).parent.parent
 RESULTS, TABLE = ROOT / "benchmarks" / "results", run.read_commands(run.Args().commands)
+VARIANTS = run.read_commands(ROOT / "benchmarks" / "variants.ini")
 
 
 def record(seed, **changes):
@@ -107,7 +108,7 @@ def test_every_stored_run_is_whole_and_in_its_place(name):
     runs = [json.loads(line) for line in path.read_text().splitlines()]
     assert path.stat().st_size < 2e6 and [*map(run.key, runs)] == sorted({*map(run.key, runs)})
     for x in runs:
-        assert x["env_id"] in TABLE and (ROOT / f"{x['script']}.py").exists()
+        assert x["env_id"] in TABLE | VARIANTS and (ROOT / f"{x['script']}.py").exists()
         assert x["error"] or np.isfinite([x["final_return"], x["episodes"], x["seconds"]]).all()
         assert (name == "matrix") == ("variant" not in x) == ("curve" in x)
         if "curve" in x and not x["error"]:
