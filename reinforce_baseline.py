@@ -57,7 +57,7 @@ class Args:
     num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
     learning_rate: PositiveFloat = 1e-2  # policy learning rate
     value_learning_rate: PositiveFloat = 3e-3  # value function learning rate
-    anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
+    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = float("inf")  # longer gradients are scaled down to this
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 1.0  # standard deviation that Gaussian actions begin with

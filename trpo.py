@@ -55,7 +55,7 @@ class Args:
     gamma: UnitInterval = 0.995  # discount factor
     gae_lambda: UnitInterval = 0.95  # of the advantages: 0 is the TD error, 1 the Monte Carlo return minus V
     value_lambda: UnitInterval = 0.95  # of V's targets: 0 is r + gamma V(s'), 1 the Monte Carlo return
-    max_kl: PositiveFloat = 0.03  # KL(pi_old || pi) of a step to second order, damping counted in: above F's
+    max_kl: PositiveFloat = 0.02  # KL(pi_old || pi) of a step to second order, damping counted in: above F's
     damping: NonNegativeFloat = 0.1  # multiple of the identity added to F
     cg_iters: PositiveInt = 10  # conjugate gradient iterations, at most
     cg_tol: NonNegativeFloat = 1e-5  # relative residual |F x - g| / |g| that ends them
@@ -64,8 +64,8 @@ class Args:
     value_epochs: PositiveInt = 10  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 8  # minibatches per pass of the value function
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
-    anneal_lr: bool = True  # let max_kl and V's learning rate fall linearly to 0 at total_timesteps
-    max_grad_norm: PositiveFloat = 0.5  # longer gradients of V are scaled down to this
+    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
+    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
     normalize_advantages: bool = True  # zero mean and unit standard deviation over each rollout

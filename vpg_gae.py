@@ -45,18 +45,18 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; Discrete or Box actions
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 200_000  # environment steps to train for; the last iteration is finished
-    num_envs: PositiveInt = 8  # N, environments stepped in parallel
-    num_steps: TwoOrMore = 128  # T, steps per environment between updates
+    num_envs: PositiveInt = 16  # N, environments stepped in parallel
+    num_steps: TwoOrMore = 32  # T, steps per environment between updates
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
     gae_lambda: UnitInterval = 0.95  # of the advantages: 0 is the TD error, 1 the Monte Carlo return minus V
     value_lambda: UnitInterval = 0.95  # of V's targets: 0 is r + gamma V(s'), 1 the Monte Carlo return
     value_epochs: PositiveInt = 10  # passes of the value function over each rollout
-    num_minibatches: PositiveInt = 8  # minibatches per pass of the value function
-    value_prox_coef: NonNegativeFloat = 0.0  # kappa, holds V's parameters phi near those before its update
-    learning_rate: PositiveFloat = 6e-3  # policy learning rate
+    num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
+    value_prox_coef: NonNegativeFloat = 0.0  # kappa: adds kappa ||phi - phi_i||^2 to V's loss
+    learning_rate: PositiveFloat = 3e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
-    anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
+    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
@@ -122,7 +122,7 @@ def update_policy(policy, optimizer, obs, actions, advantages, args):
 
 
 def update_value(value, optimizer, obs, returns, args):
-    """Regress V(s_t) on the returns, with kappa ||phi - phi_i||^2 added; returns what to log."""
+    """Regress V(s_t) on the returns; returns what to log."""
     with torch.no_grad():
         error = returns - value(obs)
         old_params = nn.utils.parameters_to_vector(value.parameters())

@@ -85,7 +85,7 @@ BUDGETS = [
     ("ppo.py", MASKED, 60),
     ("ppo.py", ATARI, 205),
     ("ppo.py", TORCHRUN, 76),
-    ("vpg_gae.py", A3C, 186),
+    ("vpg_gae.py", A3C, 184),
 ]
 
 

@@ -57,8 +57,8 @@ class Args:
     env_id: Annotated[str, Field(pattern="^ALE/")] = "ALE/Pong-v5"  # game of ale-py
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 10_000_000  # environment steps to train for; the last iteration is whole
-    num_envs: PositiveInt = 8  # N, environments stepped in parallel
-    num_steps: TwoOrMore = 128  # T, steps per environment between updates
+    num_envs: PositiveInt = 16  # N, environments stepped in parallel
+    num_steps: TwoOrMore = 64  # T, steps per environment between updates
     vectorization: Literal["auto"] = "auto"  # ale-py's own, which has the preprocessing
     repeat_action_probability: UnitInterval = 0.0  # of sticky actions; 0.25 is ale-py's default
     gamma: UnitInterval = 0.99  # discount factor
@@ -69,7 +69,7 @@ class Args:
     target_kl: PositiveFloat | None = None  # KL(pi_old || pi) above which no further pass follows
     num_minibatches: PositiveInt = 4  # minibatches per pass
     learning_rate: PositiveFloat = 2.5e-4  # of policy and value function
-    anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
+    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
     ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus
     value_coef: NonNegativeFloat = 0.25  # c, weight of the squared error of the value function

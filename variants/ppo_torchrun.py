@@ -52,8 +52,8 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; Discrete or Box actions
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 200_000  # environment steps to train for; the last iteration is finished
-    num_envs: PositiveInt = 8  # N, environments stepped in parallel, of all processes together
-    num_steps: TwoOrMore = 128  # T, steps per environment between updates
+    num_envs: PositiveInt = 16  # N, environments stepped in parallel, of all processes together
+    num_steps: TwoOrMore = 64  # T, steps per environment between updates
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
     gae_lambda: UnitInterval = 0.95  # of the advantages: 0 is the TD error, 1 the Monte Carlo return minus V
@@ -65,7 +65,7 @@ class Args:
     num_minibatches: PositiveInt = 8  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
-    anneal_lr: bool = True  # let the learning rates fall linearly to 0 at total_timesteps
+    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
