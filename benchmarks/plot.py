@@ -21,12 +21,13 @@ from pydantic.dataclasses import dataclass
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from run import SCRIPTS, read_commands, read_runs
+from run import ROOT, SCRIPTS, read_commands, read_runs
 
 HERE = Path(__file__).resolve().parent
 # Okabe and Ito's colours, which the colour-blind can tell apart, with a grey for their yellow
 COLORS = "#999999 #000000 #56B4E9 #009E73 #CC79A7 #E69F00 #D55E00 #0072B2".split()
 DASHED = SCRIPTS[:3]  # the episode family
+VARIANTS = sorted(f"variants/{path.stem}" for path in ROOT.glob("variants/*.py"))
 STYLE = {"axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "grid.color": "#E5E5E5", "svg.hashsalt": "0"}
 
@@ -44,15 +45,14 @@ class Args:
 
 def load(path, table):
     """{(environment, script, variant): runs by seed} in the order of the table; says what is left out."""
-    groups = {}
+    groups, scripts, env_ids = {}, SCRIPTS + VARIANTS, list(table)
     for run in read_runs(path).values():
-        if run["error"] or run["env_id"] not in table or run["script"] not in SCRIPTS:
+        if run["error"] or run["env_id"] not in table or run["script"] not in scripts:
             why = run["error"] or "no such environment or script in the tables"
             print(f"left out: {run['script']} {run['env_id']} seed {run['seed']}: {why}", file=sys.stderr)
         else:
             groups.setdefault((run["env_id"], run["script"], run.get("variant", "")), []).append(run)
-    env_ids = list(table)
-    order = sorted(groups, key=lambda key: (env_ids.index(key[0]), SCRIPTS.index(key[1]), key[2]))
+    order = sorted(groups, key=lambda key: (env_ids.index(key[0]), scripts.index(key[1]), key[2]))
     return {key: sorted(groups[key], key=lambda run: run["seed"]) for key in order}
 
 
@@ -114,12 +114,13 @@ def markdown(head, rows):
 
 
 def matrix_table(groups, cell):
-    """Scripts as columns and environments as rows of cell(env_id, script, runs)."""
+    """Scripts that have runs as columns and environments as rows of cell(env_id, script, runs)."""
+    scripts = [script for script in SCRIPTS if script in {name for _, name, _ in groups}]
     rows = [[env_id] for env_id in dict.fromkeys(env_id for env_id, _, _ in groups)]
     for row in rows:
-        of = {script: groups.get((row[0], script, "")) for script in SCRIPTS}
+        of = {script: groups.get((row[0], script, "")) for script in scripts}
         row += [cell(row[0], script, group) if group else "" for script, group in of.items()]
-    return markdown(["", *(f"`{script}`" for script in SCRIPTS)], rows)
+    return markdown(["", *(f"`{script}`" for script in scripts)], rows)
 
 
 def spread(scores, digits=0):
@@ -216,12 +217,13 @@ def plot_learning_curves(groups, path):
 
 
 def plot_profile(groups, published, path):
-    """Only over environments that every script was run on: all shall have stood the same test."""
+    """Only over environments that all of these scripts were run on: they shall have stood the same test."""
+    scripts = dict.fromkeys(script for _, script, _ in groups)
     every = dict.fromkeys(env_id for env_id, _, _ in groups)
-    env_ids = [env_id for env_id in every if all((env_id, script, "") in groups for script in SCRIPTS)]
+    env_ids = [env_id for env_id in every if all((env_id, script, "") in groups for script in scripts)]
     figure, (ax, *_) = new_figure([f"Performance profile over {len(env_ids)} environments"])
     taus = np.linspace(0, 1.2, 121)
-    for script in SCRIPTS if env_ids else ():
+    for script in scripts if env_ids else ():
         strata = [normalize(final_returns(groups[e, script, ""]), e, published) for e in env_ids]
         draw(ax, taus, profile(strata, taus), bootstrap(strata, lambda draw: profile(draw, taus)), script)
     ax.set(xlabel="τ: 0 is random actions, 1 the highest published score", ylabel="share of runs ≥ τ")
@@ -246,7 +248,7 @@ def main(args):
     groups = load(args.results / "matrix.jsonl", table)
     if not groups:
         raise ValueError(f"there are no runs in {args.results}/matrix.jsonl: python benchmarks/run.py")
-    ablations = load(args.results / "ablations.jsonl", table)
+    ablations = load(args.results / "ablations.jsonl", table | read_commands(HERE / "variants.ini"))
     plot_learning_curves(groups, args.figures / "learning_curves.svg")
     plot_profile(groups, published, args.figures / "profile.svg")
     replace_section(args.readme, final_table(groups))
