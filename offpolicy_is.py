@@ -64,8 +64,8 @@ class Args:
     min_ess: UnitInterval = 0.9  # effective share of the ratios that ends them
     normalize_weights: bool = True  # b and one scale: the mean and the deviation of the credits in a batch
     learning_rate: PositiveFloat = 1e-2  # policy learning rate
-    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
-    max_grad_norm: PositiveFloat = float("inf")  # longer gradients are scaled down to this
+    anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
+    max_grad_norm: PositiveFloat = float("inf")  # longer gradients are scaled down to this before Adam's step
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 1.0  # standard deviation that Gaussian actions begin with
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks are; environments always run on the CPU

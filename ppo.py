@@ -60,8 +60,8 @@ class Args:
     num_minibatches: PositiveInt = 8  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
-    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
-    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
+    anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
+    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this before Adam's step
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
     normalize_advantages: bool = True  # zero mean and unit standard deviation over each rollout

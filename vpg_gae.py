@@ -53,11 +53,11 @@ class Args:
     value_lambda: UnitInterval = 0.95  # of V's targets: 0 is r + gamma V(s'), 1 the Monte Carlo return
     value_epochs: PositiveInt = 10  # passes of the value function over each rollout
     num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
-    value_prox_coef: NonNegativeFloat = 0.0  # kappa: adds kappa ||phi - phi_i||^2 to V's loss
+    value_prox_coef: NonNegativeFloat = 0.0  # kappa, holds V's parameters phi near those before its update
     learning_rate: PositiveFloat = 3e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
-    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
-    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
+    anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
+    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this before Adam's step
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
     normalize_advantages: bool = True  # zero mean and unit standard deviation over each rollout

@@ -253,8 +253,8 @@ def main(args):
     plot_profile(groups, published, args.figures / "profile.svg")
     replace_section(args.readme, final_table(groups))
     replace_section(args.details, f"{published_table(groups, published)}\n{steps_table(groups, table)}")
-    text = f"Made by plot.py from ablations.jsonl.\n\n{ablation_table(ablations)}"
-    (args.results / "ablations.md").write_text(text)
+    text = "Made by plot.py from ablations.jsonl. What has no flag is the default at the commit of the run."
+    (args.results / "ablations.md").write_text(f"{text}\n\n{ablation_table(ablations)}")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ class Args:
     target_kl: PositiveFloat | None = None  # KL(pi_old || pi) above which no further pass follows
     num_minibatches: PositiveInt = 4  # minibatches per pass
     learning_rate: PositiveFloat = 2.5e-4  # of policy and value function
-    anneal_lr: bool = True  # let all step sizes fall linearly to 0 at total_timesteps
-    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this
+    anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
+    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this before Adam's step
     ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus
     value_coef: NonNegativeFloat = 0.25  # c, weight of the squared error of the value function
     normalize_advantages: bool = True  # zero mean and unit standard deviation over each rollout
