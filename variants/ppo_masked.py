@@ -62,7 +62,7 @@ class Args:
     update_epochs: PositiveInt = 5  # K, passes of the policy over each rollout
     target_kl: PositiveFloat | None = None  # KL(pi_old || pi) above which no further pass follows
     value_epochs: PositiveInt = 5  # passes of the value function over each rollout
-    num_minibatches: PositiveInt = 8  # minibatches per pass
+    num_minibatches: PositiveInt = 4  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
     anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
@@ -407,7 +407,7 @@ class Run:
         self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-").replace(":", "-")))
         if args.resume:
             self.load()
-        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        self.dir.mkdir(parents=True, exist_ok=True)
         self.saved_args = {"script": SCRIPT, **asdict(args)}
         Path(self.dir, "args.json").write_text(json.dumps(self.saved_args, indent=2))
         self.progress = open(Path(self.dir, "progress.csv"), "a", newline="")

@@ -12,8 +12,7 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", arXiv:150
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 variants/ppo_torchrun.py --env-id CartPole-v1
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id NAME ...
 
-The id, which --standalone draws, names the run folder: the first process writes it, all machines must see it.
-If a process dies, torchrun starts all of them again, and they go on from the last checkpoint.
+The id (--standalone draws one) names the run folder; all machines must see it: restarts go on from there.
 
 Diff it with ppo.py to see what passes between the processes.
 """
@@ -62,7 +61,7 @@ class Args:
     update_epochs: PositiveInt = 5  # K, passes of the policy over each rollout
     target_kl: PositiveFloat | None = None  # KL(pi_old || pi) above which no further pass follows
     value_epochs: PositiveInt = 5  # passes of the value function over each rollout
-    num_minibatches: PositiveInt = 8  # minibatches per pass
+    num_minibatches: PositiveInt = 4  # minibatches per pass
     learning_rate: PositiveFloat = 1e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
     anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
@@ -173,20 +172,21 @@ def train(args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.num_envs % world or args.num_envs * args.num_steps < 2 * world * args.num_minibatches:
         raise ValueError(f"{world} processes must divide --num-envs, and fill --num-minibatches each")
-    own = Args(**asdict(args) | dict(num_envs=args.num_envs // world, seed=args.seed * world + rank))
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
-    envs = wrappers.RecordEpisodeStatistics(make_envs(own), buffer_length=args.num_envs * args.num_steps)
+    own = dict(num_envs=args.num_envs // world, seed=args.seed * world + rank)
+    run_args, args = args, Args(**asdict(args) | own)
+    envs = wrappers.RecordEpisodeStatistics(make_envs(args), buffer_length=args.num_envs * args.num_steps)
     policy = Policy(envs.single_observation_space, envs.single_action_space, args.init_std).to(args.device)
     value = Value(envs.single_observation_space).to(args.device)
-    reward_scale = RewardScale(own.num_envs, args.gamma).to(args.device)
+    reward_scale = RewardScale(args.num_envs, args.gamma).to(args.device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5, fused=True)
     value_optimizer = torch.optim.Adam(value.parameters(), eps=1e-5, fused=True)
     modules = dict(policy=policy, value=value, reward_scale=reward_scale)
     modules |= dict(policy_optimizer=policy_optimizer, value_optimizer=value_optimizer)
 
-    with Run(args, envs, **modules) as run:
-        next_obs, next_done = reset(envs, own, run.iteration)
+    with Run(run_args, envs, **modules) as run:
+        next_obs, next_done = reset(envs, args, run.iteration)
         while run.step < args.total_timesteps:
             remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
             policy_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
