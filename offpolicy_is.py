@@ -55,7 +55,7 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; Discrete or Box actions
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 300_000  # environment steps to train for; the last iteration is finished
-    num_envs: TwoOrMore = 32  # N, environments stepped in parallel, one whole episode each between updates
+    num_envs: TwoOrMore = 4  # N, environments stepped in parallel, one whole episode each between updates
     max_episode_steps: PositiveInt = 10_000  # an episode that is longer stops the run
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
@@ -63,11 +63,11 @@ class Args:
     num_updates: PositiveInt = 4  # K, gradient steps per batch, at most
     min_ess: UnitInterval = 0.9  # effective share of the ratios that ends them
     normalize_weights: bool = True  # b and one scale: the mean and the deviation of the credits in a batch
-    learning_rate: PositiveFloat = 1e-2  # policy learning rate
+    learning_rate: PositiveFloat = 3e-3  # policy learning rate
     anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
     max_grad_norm: PositiveFloat = float("inf")  # longer gradients are scaled down to this before Adam's step
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    init_std: PositiveFloat = 1.0  # standard deviation that Gaussian actions begin with
+    init_std: PositiveFloat = 0.4  # standard deviation that Gaussian actions begin with
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks are; environments always run on the CPU
     torch_threads: PositiveInt = 1  # more than 1 makes small networks slower
     runs_dir: str = "runs"  # where the run folder is made

@@ -1,7 +1,7 @@
 """REINFORCE: the Monte Carlo policy gradient.
 
     G_t = r_t + gamma G_{t+1}                                                the reward-to-go
-    g   = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) G_0 (or G_t)      one step per N whole episodes
+    g   = 1/N sum_i sum_t grad_theta log pi_theta(a_t|s_t) G_t (or G_0)      one step per N whole episodes
 
 An episode ends where the environment ends it: a time limit is part of this finite-horizon objective, and
 nothing bootstraps past it.
@@ -46,17 +46,17 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; Discrete or Box actions
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 300_000  # environment steps to train for; the last iteration is finished
-    num_envs: TwoOrMore = 32  # N, environments stepped in parallel, one whole episode each between updates
+    num_envs: TwoOrMore = 4  # N, environments stepped in parallel, one whole episode each between updates
     max_episode_steps: PositiveInt = 10_000  # an episode that is longer stops the run
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
-    estimator: Literal["total", "reward-to-go"] = "total"  # what an action is credited with: G_0 or G_t
+    estimator: Literal["total", "reward-to-go"] = "reward-to-go"  # the credit of an action: G_0 or G_t
     normalize_weights: bool = True  # zero mean and unit deviation: a baseline (of this batch), and one scale
-    learning_rate: PositiveFloat = 1e-2  # policy learning rate
+    learning_rate: PositiveFloat = 3e-3  # policy learning rate
     anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
     max_grad_norm: PositiveFloat = float("inf")  # longer gradients are scaled down to this before Adam's step
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    init_std: PositiveFloat = 1.0  # standard deviation that Gaussian actions begin with
+    init_std: PositiveFloat = 0.4  # standard deviation that Gaussian actions begin with
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks are; environments always run on the CPU
     torch_threads: PositiveInt = 1  # more than 1 makes small networks slower
     runs_dir: str = "runs"  # where the run folder is made
