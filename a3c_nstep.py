@@ -4,7 +4,7 @@
     A_t = R_t - V(s_t)                                                  V(s_{t+k}) = 0 if s_{t+k} is terminal
     g   = E_t[ grad_theta log pi_theta(a_t|s_t) A_t ]                   one step per rollout of each worker
 
-Every worker is a process with its own environment. It takes the shared networks, rolls out, and moves the
+Every worker is a process with its own environments. It takes the shared networks, rolls out, and moves the
 shared networks by the gradient of its copy, without locks: others may have moved them since. One worker
 repeats to the last bit, several do not.
 
@@ -54,19 +54,19 @@ class Args:
     total_timesteps: PositiveInt = 200_000  # environment steps to train for; the last iteration is finished
     num_workers: PositiveInt = 2  # processes that roll out and update
     log_interval: PositiveInt = 1_000  # steps of a worker between its reports, the rows of progress.csv
-    num_envs: PositiveInt = 1  # N, environments that a worker steps in parallel
-    num_steps: TwoOrMore = 20  # T = n, steps per environment between updates
-    vectorization: Literal["auto", "sync"] = "sync"  # auto: the environment's own, else sync
+    num_envs: PositiveInt = 8  # N, environments that a worker steps in parallel
+    num_steps: TwoOrMore = 32  # T = n, steps per environment between updates
+    vectorization: Literal["auto", "sync"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
-    value_epochs: PositiveInt = 1  # passes of the value function over each rollout
-    num_minibatches: PositiveInt = 1  # minibatches per pass of the value function
-    learning_rate: PositiveFloat = 1e-3  # policy learning rate
+    value_epochs: PositiveInt = 10  # passes of the value function over each rollout
+    num_minibatches: PositiveInt = 4  # minibatches per pass of the value function
+    learning_rate: PositiveFloat = 3e-3  # policy learning rate
     value_learning_rate: PositiveFloat = 1e-3  # value function learning rate
     anneal_lr: bool = True  # let all step sizes fall to 0 at total_timesteps
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this before Adam's step
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     init_std: PositiveFloat = 0.6  # standard deviation that Gaussian actions begin with
-    normalize_advantages: bool = False  # zero mean and unit standard deviation over each rollout
+    normalize_advantages: bool = True  # zero mean and unit standard deviation over each rollout
     device: Literal["cpu"] = "cpu"  # where the networks are
     torch_threads: PositiveInt = 1  # more than 1 makes small networks slower
     runs_dir: str = "runs"  # where the run folder is made

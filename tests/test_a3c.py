@@ -128,20 +128,24 @@ def test_an_update_by_a_worker(tmp_path, monkeypatch, here, env_id, bootstraps):
     rollouts, here.first_step = recorded(monkeypatch, "rollout"), 3
     monkeypatch.setattr(a3c_nstep.RewardScale, "forward", lambda self, rewards, valid: rewards / 500)
     args = tiny(tmp_path, env_id=env_id, num_workers=1, num_steps=3, total_timesteps=6, gamma=0.5)
-    a3c_nstep.train(dataclasses.replace(args, max_grad_norm=1e9, ent_coef=0.01))
+    args = dataclasses.replace(args, max_grad_norm=1e9, ent_coef=0.01, value_epochs=1, num_minibatches=1)
+    a3c_nstep.train(args)
     ((obs, actions, rewards, *_),), old = rollouts, here.before
     with torch.no_grad():
         values, returns = old["value"](obs), rewards / 500
         returns[2] += 0.5 * bootstraps * values[3]
         returns[1] += 0.5 * returns[2]
         returns[0] += 0.5 * returns[1]
+        advantages = returns - values[:-1]
+        advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
     dist = old["policy"](obs[:-1])
-    policy_loss = -(dist.log_prob(actions) * (returns - values[:-1]) + 0.01 * dist.entropy()).mean()
-    for name, loss in zip(NETS, (policy_loss, (old["value"](obs[:-1]) - returns).pow(2).mean())):
+    policy_loss = -(dist.log_prob(actions) * advantages + 0.01 * dist.entropy()).mean()
+    losses = policy_loss, (old["value"](obs[:-1]) - returns).pow(2).mean()
+    for name, loss, lr in zip(NETS, losses, (3e-3, 1e-3)):
         params = list(old[name].parameters())
         states = zip(params, old[f"{name}_square_avgs"], torch.autograd.grad(loss, params))
         new = list(zip(here.shared[name].parameters(), here.shared[f"{name}_square_avgs"]))
-        expected = [rmsprop(*state, 0.5 * 1e-3) for state in states]
+        expected = [rmsprop(*state, 0.5 * lr) for state in states]
         torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-7)
 
 
