@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 LEARNED = [  # script, arguments, steps, and a threshold below the last 100 returns of four seeds
-    ("reinforce", {}, 40_000, 190),
-    ("reinforce_baseline", {}, 40_000, 190),
-    ("offpolicy_is", dict(estimator="per-step"), 40_000, 230),
+    ("reinforce", {}, 40_000, 250),
+    ("reinforce_baseline", {}, 40_000, 270),
+    ("offpolicy_is", {}, 40_000, 110),
     ("vpg_gae", {}, 40_000, 190),
     ("npg", {}, 40_000, 200),
     ("trpo", {}, 40_000, 200),
-    ("ppo", {}, 40_000, 200),
-    ("variants.ppo_kl_penalty", {}, 40_000, 180),
-    ("a3c_nstep", dict(num_workers=1), 14_000, 45),  # with more it is not deterministic
+    ("ppo", {}, 40_000, 230),
+    ("variants.ppo_kl_penalty", {}, 40_000, 230),
+    ("a3c_nstep", dict(num_workers=1), 14_000, 90),  # with more it is not deterministic
 ]
 
 
