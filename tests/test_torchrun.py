@@ -80,19 +80,27 @@ def test_two_processes_make_the_gradient_and_the_statistics_of_one_with_all_the_
 
 
 def worker(path):
-    """A process under torchrun, which notes what it has after each iteration; the fifth kills the second."""
+    """A process under torchrun, which notes what it has at every iteration; the fifth kills the second."""
     rank, restart = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-    log, notes = script.Run.log, []
+    init, log, notes = script.Run.__init__, script.Run.log, []
+
+    def note(iteration, step, modules):
+        states = [modules[name].state_dict() for name in ("policy", "value", "reward_scale")]
+        weights = b"".join(x.numpy().tobytes() for state in states for x in state.values())
+        notes.append((iteration, step, hashlib.sha256(weights).hexdigest()))
+        Path(path, f"{restart}-{rank}.json").write_text(json.dumps(notes))
+
+    def note_and_init(run, args, envs, **modules):
+        note(0, 0, modules)  # before they are those of a checkpoint
+        init(run, args, envs, **modules)
 
     def log_and_note(run, *rest):
         if (rank, restart, run.iteration) == ("1", "0", 4):
             os.kill(os.getpid(), signal.SIGKILL)
         log(run, *rest)
-        states = [run.modules[name].state_dict() for name in ("policy", "value", "reward_scale")]
-        weights = b"".join(x.numpy().tobytes() for state in states for x in state.values())
-        notes.append((run.iteration, run.step, hashlib.sha256(weights).hexdigest()))
-        Path(path, f"{restart}-{rank}.json").write_text(json.dumps(notes))
+        note(run.iteration, run.step, run.modules)
 
+    script.Run.__init__ = note_and_init
     script.Run.log = log_and_note
     save_always(pytest.MonkeyPatch(), script)
     returns = script.train(tiny(script, f"{path}/runs", num_envs=6, total_timesteps=600)).returns
@@ -109,9 +117,9 @@ def test_weights_are_equal_on_all_processes_and_a_killed_one_costs_nothing(tmp_p
     made = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     notes = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert len(notes["0-1"]) == 4 and notes["0-0"][:4] == notes["0-1"] and notes["1-0"] == notes["1-1"]
+    assert len(notes["0-1"]) == 5 and notes["0-0"][:5] == notes["0-1"] and notes["1-0"] == notes["1-1"]
     assert len({weights for _, _, weights in notes["1-0"]}) == len(notes["1-0"])
-    saved = notes["1-0"][0][0] - 1  # the last checkpoint of the first, which may be ahead of the second
+    saved = notes["1-0"][1][0] - 1  # the last checkpoint of the first, which may be ahead of the second
     assert 3 <= saved <= 5 and notes["1-0"][-1][1] >= 600
 
     run_dir = only_run(tmp_path / "runs")
