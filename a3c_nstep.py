@@ -232,7 +232,6 @@ def work(rank, args, iteration, shared, step, lock, reports):
             b_advantages = normalize(advantages[valid]) if args.normalize_advantages else advantages[valid]
             metrics = update_policy(policy, policy_optimizer, b_obs, b_actions, b_advantages, args)
             metrics |= update_value(value, value_optimizer, b_obs, b_returns, args)
-            metrics.pop("explained_variance")  # of so few steps
             all_metrics.append({name: metric.item() for name, metric in metrics.items()})
             with lock:
                 update_statistics(shared["policy"].net, b_obs)

@@ -3,7 +3,7 @@
     python benchmarks/gradient_variance.py
     python benchmarks/gradient_variance.py --plot-only
 
-For gradients g from 16 episodes each, as an iteration of the scripts has them:
+For gradients g from 16 episodes each:
 
     relative_variance  trace of the covariance of g, in units of that of "total" or, off-policy, "trajectory"
     signal_to_noise    ||grad J||^2 / trace of the covariance
@@ -118,7 +118,8 @@ def batch_gradients(policy, episodes, weights_of):
 def cartpole(args):
     """Yields estimator, drift, and {quantity: (value, standard error)}."""
     with tempfile.TemporaryDirectory() as runs_dir:
-        run_args = rb.Args(total_timesteps=args.training_steps, seed=args.seed, gamma=1.0, runs_dir=runs_dir)
+        sizes = dict(total_timesteps=args.training_steps, num_envs=32, learning_rate=1e-2, value_epochs=4)
+        run_args = rb.Args(seed=args.seed, gamma=1.0, runs_dir=runs_dir, **sizes)
         policy, _, run_dir = rb.train(run_args)
         checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     run_args = rb.Args(seed=args.seed, num_envs=args.episodes)

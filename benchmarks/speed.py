@@ -40,8 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from run import ROOT, SCRIPTS, machine, versions
 
 # against another checkout, whose defaults may be others
-SIZES = dict.fromkeys(SCRIPTS, "--num-envs 32 --num-steps 32") | dict.fromkeys(SCRIPTS[:3], "--num-envs 32")
-SIZES["a3c_nstep"] = "--num-workers 2 --num-envs 1 --num-steps 20"
+VALUE = "--value-epochs 10 --num-minibatches 4"
+SIZES = dict.fromkeys(SCRIPTS[:3], "--num-envs 32")
+SIZES |= dict.fromkeys(SCRIPTS[3:], f"--num-envs 16 --num-steps 32 {VALUE}")
+SIZES |= {"reinforce_baseline": f"--num-envs 32 {VALUE}", "ppo": f"{SIZES['ppo']} --update-epochs 5"}
+SIZES["a3c_nstep"] = f"--num-workers 2 --num-envs 8 --num-steps 32 {VALUE}"
 PEERS = {  # script: a class with the same networks, its environments and arguments, our flags for these sizes
     "ppo": (  # CleanRL's sizes
         "stable_baselines3.PPO",

@@ -83,9 +83,9 @@ BUDGETS = [
     ("ppo.py", KL_PENALTY, 70),
     ("ppo.py", LSTM, 110),
     ("ppo.py", MASKED, 60),
-    ("ppo.py", ATARI, 205),
-    ("ppo.py", TORCHRUN, 76),
-    ("vpg_gae.py", A3C, 184),
+    ("ppo.py", ATARI, 203),
+    ("ppo.py", TORCHRUN, 70),
+    ("vpg_gae.py", A3C, 180),
 ]
 
 

@@ -12,7 +12,7 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", arXiv:150
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 variants/ppo_torchrun.py --env-id CartPole-v1
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id NAME ...
 
-The id (--standalone draws one) names the run folder; all machines must see it: restarts go on from there.
+The id (--standalone draws one) names the run folder, which all machines must see: restarts go on from it.
 
 Diff it with ppo.py to see what passes between the processes.
 """
