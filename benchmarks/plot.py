@@ -129,11 +129,13 @@ def spread(scores, digits=0):
 
 
 def final_table(groups):
-    """The README's, short: without the numbers of seeds."""
+    """The README's, short: without the numbers of seeds; a single one has no deviation."""
 
     def cell(env_id, script, group):
         scores = final_returns(group)
-        return f"{mean(scores):.0f}±{stdev(scores) if len(scores) > 1 else 0:.0f}"
+        digits = int(abs(mean(scores)) < 10)
+        deviation = f"±{stdev(scores):.{digits}f}" if len(scores) > 1 else ""
+        return f"{mean(scores):.{digits}f}{deviation}"
 
     return matrix_table(groups, cell)
 

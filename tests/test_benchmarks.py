@@ -126,7 +126,9 @@ def test_every_number_of_the_readme_is_what_the_stored_runs_give():
         (row[0].strip(), name.strip(" `")): x.strip() for row in rows for name, x in zip(head[1:], row[1:])
     }
     for key, x in scores.items():
-        assert cells.pop(key) == f"{statistics.mean(x):.0f}±{statistics.stdev(x):.0f}"
+        digits = 1 if abs(statistics.mean(x)) < 10 else 0
+        numbers = [statistics.mean(x), *([statistics.stdev(x)] if len(x) > 1 else [])]
+        assert cells.pop(key) == "±".join(f"{number:.{digits}f}" for number in numbers)
     assert not any(cells.values())
     groups, ablations = (
         plot.load(RESULTS / f"{name}.jsonl", TABLE | VARIANTS) for name in ("matrix", "ablations")
