@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -372,3 +373,12 @@ def test_a_pool_over_seeds(tmp_path):
         for result in results:
             assert_whole(result.run_dir)
     assert len({tuple(result.returns) for result in results}) == 3
+
+
+def test_a_run_of_the_same_microsecond_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 1)))
+    run_dir = ppo.train(tiny(ppo, tmp_path)).run_dir
+    before = progress(run_dir)
+    with pytest.raises(FileExistsError):
+        ppo.train(tiny(ppo, tmp_path))
+    assert progress(run_dir) == before and only_run(tmp_path) == run_dir

@@ -388,7 +388,7 @@ class Run:
         self.dir = Path(args.resume or Path(args.runs_dir, name.replace("/", "-").replace(":", "-")))
         if args.resume:
             self.load()
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         self.saved_args = {"script": SCRIPT, **asdict(args)}
         Path(self.dir, "args.json").write_text(json.dumps(self.saved_args, indent=2))
         self.progress = open(Path(self.dir, "progress.csv"), "a", newline="")

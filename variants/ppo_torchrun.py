@@ -1,4 +1,4 @@
-"""Proximal policy optimization (PPO) in several processes, one per device, on one machine or many.
+"""Proximal policy optimization (PPO), --num-envs divided among processes, one per device, on many machines.
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                           V(s_{t+1}) = 0 if s_{t+1} is terminal
     A_t     = delta_t + gamma lambda A_{t+1}                            stops at the end of an episode
@@ -51,7 +51,7 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; Discrete or Box actions
     seed: NonNegativeInt = 1  # of the networks, the environments and the action sampling
     total_timesteps: PositiveInt = 200_000  # environment steps to train for; the last iteration is finished
-    num_envs: PositiveInt = 16  # N, environments stepped in parallel, of all processes together
+    num_envs: PositiveInt = 16  # N, environments stepped in parallel
     num_steps: TwoOrMore = 64  # T, steps per environment between updates
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     gamma: UnitInterval = 0.995  # discount factor
